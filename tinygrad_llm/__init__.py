@@ -1,0 +1,15 @@
+"""A GPT from first principles: NumPy, mathematics, and nothing hidden."""
+
+from .tensor import Tensor, grad, is_grad_enabled, no_grad
+
+__version__ = "0.1.0"
+__all__ = ["Tensor", "grad", "is_grad_enabled", "no_grad", "tensor"]
+
+
+def tensor(data, dtype=None, requires_grad=False):
+    """A Tensor with a copy of `data`: integers become int64 and Python floats float32 by
+    default.
+    """
+    copied = Tensor(data, dtype=dtype)
+    copied.data = copied.data.copy()
+    return copied.requires_grad_(requires_grad)

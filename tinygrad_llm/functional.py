@@ -1,0 +1,312 @@
+"""The ops as functions on Tensors, under PyTorch's names; here arguments are checked.
+
+`axis` and `keepdims` are the words for PyTorch's `dim` and `keepdim`, as in NumPy and the array
+API. Arguments may be Tensors, arrays or numbers. For the maths of each function see `ops/`, or
+`tinygrad_llm.ops.TABLE["softmax"].doc`.
+"""
+
+import numpy as np
+
+from . import random
+from .ops import TABLE
+from .tensor import Tensor, apply
+
+# --- activations ----------------------------------------------------------------------------------
+
+
+def relu(x):
+    """max(x, 0), element by element."""
+    return apply(TABLE["relu"], x)
+
+
+def silu(x):
+    """x σ(x), element by element."""
+    return apply(TABLE["silu"], x)
+
+
+def gelu(x, approximate="none"):
+    """x Φ(x), element by element; approximate="tanh" is the form that GPT-2 uses."""
+    names = {"none": "gelu", "tanh": "gelu_tanh"}
+    if approximate not in names:
+        raise ValueError(f"approximate is 'none' or 'tanh', not {approximate!r}")
+    return apply(TABLE[names[approximate]], x)
+
+
+def sigmoid(x):
+    """1 / (1 + e^-x), element by element."""
+    return apply(TABLE["sigmoid"], x)
+
+
+def tanh(x):
+    """Hyperbolic tangent, element by element."""
+    return apply(TABLE["tanh"], x)
+
+
+def softmax(x, axis=-1):
+    """e^x / Σ e^x along an axis."""
+    return apply(TABLE["softmax"], x, axis=axis)
+
+
+def log_softmax(x, axis=-1):
+    """x - logsumexp(x) along an axis."""
+    return apply(TABLE["log_softmax"], x, axis=axis)
+
+
+def logsumexp(x, axis=-1, keepdims=False):
+    """log Σ e^x along an axis, without overflow."""
+    return apply(TABLE["logsumexp"], x, axis=axis, keepdims=keepdims)
+
+
+# --- choosing and joining -------------------------------------------------------------------------
+
+
+def where(condition, a, b):
+    """a where condition is true, else b; all three broadcast."""
+    return apply(TABLE["where"], condition, a, b)
+
+
+def maximum(a, b):
+    """The larger of the two, element by element."""
+    return apply(TABLE["maximum"], a, b)
+
+
+def minimum(a, b):
+    """The smaller of the two, element by element."""
+    return apply(TABLE["minimum"], a, b)
+
+
+def concat(tensors, axis=0):
+    """The tensors one after the other along an axis."""
+    return apply(TABLE["concat"], *_some(tensors, "concat"), axis=axis)
+
+
+def stack(tensors, axis=0):
+    """The tensors side by side along a new axis."""
+    return apply(TABLE["stack"], *_some(tensors, "stack"), axis=axis)
+
+
+def split(x, size, axis=0):
+    """x in pieces along an axis: `size` long each (the last may be shorter), or of the sizes
+    listed.
+    """
+    length = x.shape[axis]
+    if isinstance(size, int):
+        if size < 1:
+            raise ValueError(f"split needs a size of at least 1, not {size}")
+        sizes = [min(size, length - start) for start in range(0, length, size)]
+    else:
+        sizes = list(size)
+    if sum(sizes) != length:
+        raise ValueError(f"split sizes {sizes} add up to {sum(sizes)}, the axis has {length}")
+    ends = np.cumsum(sizes)
+    before = (slice(None),) * (axis % x.ndim)
+    return tuple(x[(*before, slice(int(e - n), int(e)))] for n, e in zip(sizes, ends, strict=True))
+
+
+def gather(x, index, axis=-1):
+    """y[..., j] = x[..., index[..., j]] along an axis; the other lengths agree."""
+    x, index = _tensor(x), _integers(index, "gather")
+    axis = axis % x.ndim
+    x, index = _last(x, axis), np.moveaxis(index, axis, -1)
+    if x.shape[:-1] != index.shape[:-1]:
+        raise ValueError(
+            f"gather: shapes {x.shape} and {index.shape} differ before the gathered axis"
+        )
+    _check_range(index, x.shape[-1], "gather: index")
+    y = apply(TABLE["gather"], x, index)
+    return _last_back(y, axis)
+
+
+# --- layers ---------------------------------------------------------------------------------------
+
+
+def linear(x, weight, bias=None):
+    """x weightᵀ + bias.  x (..., in), weight (out, in), bias (out) -> (..., out)."""
+    if x.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
+        got = f"x {x.shape}, weight {weight.shape}, bias {None if bias is None else bias.shape}"
+        raise ValueError(f"linear: {got} do not fit; expected (..., in), (out, in), (out,)")
+    return apply(TABLE["linear"], x, weight, *(() if bias is None else (bias,)))
+
+
+def embedding(ids, weight):
+    """Rows of a table.  ids (...) integers, weight (V, C) -> (..., C).  IndexError: an id not in
+    0..V-1.
+    """
+    ids = _integers(ids, "embedding")
+    _check_range(ids, weight.shape[0], "embedding: id")
+    return apply(TABLE["embedding"], weight, ids)
+
+
+def layer_norm(x, weight, bias, eps=1e-5):
+    """Zero mean and unit variance over the last axis, times weight (n), plus bias (n)."""
+    _same_length("layer_norm", x, weight, bias)
+    return apply(TABLE["layer_norm"], x, weight, bias, eps=eps)
+
+
+def rms_norm(x, weight, eps=1e-5):
+    """Unit mean square over the last axis, times weight (n)."""
+    _same_length("rms_norm", x, weight)
+    return apply(TABLE["rms_norm"], x, weight, eps=eps)
+
+
+def dropout(x, p=0.5, training=True, generator=None):
+    """Zeroes each element with probability p and divides the others by 1 - p; x itself if not
+    training.
+    """
+    x = _tensor(x)
+    keep = _keep_mask(x.shape, p, x.dtype, generator) if training else None
+    return x if keep is None else apply(TABLE["dropout"], x, keep)
+
+
+def scaled_dot_product_attention(
+    q, k, v, mask=None, dropout_p=0.0, is_causal=False, scale=None, generator=None
+):
+    """softmax(scale q kᵀ) v, each query over the keys it may see; zeros where it may see none.
+
+    q (..., T, D), k (..., S, D), v (..., S, E) -> (..., T, E); leading axes broadcast.
+    mask        booleans that broadcast to (..., T, S), true where a key is seen; or floats, added
+                to the scores (they may require a gradient)
+    is_causal   query i of T sees keys j <= i + S - T
+    scale       1/√D by default
+    """
+    if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
+        raise ValueError(
+            f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not fit; "
+            "expected (..., T, D), (..., S, D), (..., S, E)"
+        )
+    seen, bias = True, 0.0
+    if mask is not None:
+        mask = _tensor(mask)
+        seen, bias = (mask, 0.0) if mask.dtype == np.bool else (True, mask)
+    lead = np.broadcast_shapes(q.shape[:-2], k.shape[:-2])
+    keep = _keep_mask((*lead, q.shape[-2], k.shape[-2]), dropout_p, q.dtype, generator)
+    keep = 1.0 if keep is None else keep
+    arguments = _without_defaults([seen, bias, keep], [True, 0.0, 1.0])
+    return apply(TABLE["attention"], q, k, v, *arguments, causal=is_causal, scale=scale)
+
+
+# --- losses ---------------------------------------------------------------------------------------
+
+
+def cross_entropy(logits, targets, ignore_index=-100, reduction="mean"):
+    """-log softmax(logits)[target], over the rows whose target is not ignore_index.
+
+    logits (..., V), targets (...) integers; the class axis is the last one. reduction: "mean",
+    "sum" or "none" (then shape (...), 0 in ignored rows). IndexError: a target that is neither in
+    0..V-1 nor ignore_index.
+    """
+    logits, ids = _tensor(logits), _integers(targets, "cross_entropy")
+    if logits.shape[:-1] != ids.shape:
+        raise ValueError(
+            f"cross_entropy: logits {logits.shape} need targets of shape {logits.shape[:-1]}, "
+            f"not {ids.shape}"
+        )
+    counted = ids != ignore_index
+    _check_range(ids if counted.all() else ids[counted], logits.shape[-1], "cross_entropy: target")
+    if reduction == "mean":
+        rows = logits.reshape(-1, logits.shape[-1]) if logits.ndim != 2 else logits
+        return apply(TABLE["cross_entropy"], rows, ids.reshape(-1), ignore_index=ignore_index)
+    _check_reduction(reduction)
+    chosen = gather(log_softmax(logits), np.where(counted, ids, 0)[..., None]).squeeze(-1)
+    losses = where(counted, -chosen, 0.0)
+    return losses.sum() if reduction == "sum" else losses
+
+
+def nll_loss(log_probabilities, targets, ignore_index=-100):
+    """Mean of -log_probabilities[target]; shapes as in cross_entropy."""
+    ids = _integers(targets, "nll_loss")
+    counted = ids != ignore_index
+    _check_range(ids[counted], log_probabilities.shape[-1], "nll_loss: target")
+    chosen = gather(log_probabilities, np.where(counted, ids, 0)[..., None]).squeeze(-1)
+    return where(counted, -chosen, 0.0).sum() / int(counted.sum())
+
+
+def binary_cross_entropy(probabilities, targets):
+    """Mean of -(t log p + (1 - t) log(1 - p)); both of the same shape. No gradient to the
+    targets.
+    """
+    return _pairs("binary_cross_entropy", probabilities, targets)
+
+
+def binary_cross_entropy_with_logits(logits, targets):
+    """binary_cross_entropy(sigmoid(logits), targets), without overflow."""
+    return _pairs("binary_cross_entropy_with_logits", logits, targets)
+
+
+def mse_loss(x, target):
+    """Mean of (x - target)²; both of the same shape."""
+    return _pairs("mse_loss", x, target)
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+def _pairs(name, x, target):
+    x, target = _tensor(x), _tensor(target)
+    if x.shape != target.shape:
+        raise ValueError(f"{name}: shapes {x.shape} and {target.shape} differ")
+    return apply(TABLE[name], x, target)
+
+
+def _tensor(x):
+    return x if isinstance(x, Tensor) else Tensor(x)
+
+
+def _some(tensors, name):
+    tensors = list(tensors)
+    if not tensors:
+        raise ValueError(f"{name} needs at least one tensor")
+    return tensors
+
+
+def _integers(ids, name):
+    ids = ids.data if isinstance(ids, Tensor) else np.asarray(ids)
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"{name} takes integers, not {ids.dtype}")
+    return ids
+
+
+def _check_range(ids, n, what):
+    if ids.size and not (ids.min() >= 0 and ids.max() < n):
+        wrong = int(ids.min()) if ids.min() < 0 else int(ids.max())
+        raise IndexError(f"{what} {wrong} is out of range; expected 0 to {n - 1}")
+
+
+def _check_reduction(reduction):
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction is 'mean', 'sum' or 'none', not {reduction!r}")
+
+
+def _same_length(name, x, *weights):
+    if any(w.shape != x.shape[-1:] for w in weights):
+        shapes = ", ".join(str(w.shape) for w in weights)
+        raise ValueError(f"{name}: x {x.shape} needs weights of shape {x.shape[-1:]}, not {shapes}")
+
+
+def _keep_mask(shape, p, dtype, generator):
+    """1/(1-p) where an element is kept, 0 where it is dropped; None if all are kept."""
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout probability {p} is not between 0 and 1")
+    if p == 0:
+        return None
+    generator = generator or random.default_generator
+    kept = generator.bernoulli(1 - p, shape).astype(dtype)
+    return kept if p == 1 else kept / dtype.type(1 - p)
+
+
+def _without_defaults(values, defaults):
+    """Values up to the last one that is not its default: fewer arguments, less to compute."""
+    n = max((i + 1 for i, (v, d) in enumerate(zip(values, defaults)) if v is not d), default=0)
+    return values[:n]
+
+
+def _last(x, axis):
+    """x with an axis moved to the end."""
+    return x if axis == x.ndim - 1 else x.permute(*[i for i in range(x.ndim) if i != axis], axis)
+
+
+def _last_back(x, axis):
+    """x with its last axis moved back to where it was."""
+    order = list(range(x.ndim - 1))
+    order.insert(axis, x.ndim - 1)
+    return x if axis == x.ndim - 1 else x.permute(*order)
