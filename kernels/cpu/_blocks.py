@@ -1,0 +1,34 @@
+"""Cutting arrays into pieces that stay in the cache while several passes go over them."""
+
+import numpy as np
+
+SIZE = 1 << 15  # elements: 128 KB of float32, so that three or four buffers fit in a core's L2
+
+
+def flat(x):
+    """x as one contiguous axis; a copy only if it is not contiguous."""
+    return np.ascontiguousarray(x).reshape(-1)
+
+
+def blocks(n, size=SIZE):
+    """Slices that cover range(n), `size` long each."""
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def sum_rows(x):
+    """Σ over all axes but the last: (..., n) -> (n,). As a matrix product, since BLAS sums
+    fastest.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    return np.ones(len(rows), x.dtype) @ rows
+
+
+def mean_last(x):
+    """The mean over the last axis, kept: (..., n) -> (..., 1); again by BLAS."""
+    n = x.shape[-1]
+    return (x @ np.full(n, 1 / n, x.dtype))[..., None]
+
+
+def mean_product(a, b):
+    """The mean of a ⊙ b over the last axis, kept: (..., n) -> (..., 1)."""
+    return (np.vecdot(a, b) / a.shape[-1])[..., None]

@@ -1,0 +1,62 @@
+"""Normalisations with few passes over the data; x̂ and r are saved."""
+
+import numpy as np
+
+from ._blocks import mean_last, mean_product, sum_rows
+
+KERNELS = ("layer_norm", "rms_norm")
+
+
+class layer_norm:
+    """y = x̂ ⊙ w + b,  x̂ = (x - μ) ⊙ r,  r = 1/√(var + ε)."""
+
+    @staticmethod
+    def forward(x, w, b, *, eps=1e-5):
+        x_hat = x - mean_last(x)
+        r = 1 / np.sqrt(mean_product(x_hat, x_hat) + x.dtype.type(eps))  # (..., 1)
+        x_hat *= r
+        y = x_hat * w
+        y += b
+        return y, (x_hat, r)
+
+    @staticmethod
+    def vjp(g, y, x, w, b, *, eps=1e-5, saved, needs):
+        x_hat, r = saved
+        u = g * w
+        mean_u, mean_ux = mean_last(u), mean_product(u, x_hat)
+        u -= mean_u
+        u -= x_hat * mean_ux
+        u *= r
+        w_bar = sum_rows(g * x_hat) if needs[1] else None
+        return u, w_bar, sum_rows(g) if needs[2] else None
+
+    @staticmethod
+    def accepts(x, w, b, *, eps=1e-5):
+        return _same_float(x, w, b)
+
+
+class rms_norm:
+    """y = x̂ ⊙ w,  x̂ = x ⊙ r,  r = 1/√(mean(x²) + ε)."""
+
+    @staticmethod
+    def forward(x, w, *, eps=1e-5):
+        r = 1 / np.sqrt(mean_product(x, x) + x.dtype.type(eps))  # (..., 1)
+        x_hat = x * r
+        return x_hat * w, (x_hat, r)
+
+    @staticmethod
+    def vjp(g, y, x, w, *, eps=1e-5, saved, needs):
+        x_hat, r = saved
+        u = g * w
+        u -= x_hat * mean_product(u, x_hat)
+        u *= r
+        return u, sum_rows(g * x_hat) if needs[1] else None
+
+    @staticmethod
+    def accepts(x, w, *, eps=1e-5):
+        return _same_float(x, w)
+
+
+def _same_float(x, *weights):
+    """One floating dtype, so that in-place steps keep it; and at least one element."""
+    return x.dtype.kind == "f" and x.size > 0 and all(w.dtype == x.dtype for w in weights)

@@ -1,0 +1,83 @@
+"""Looking up and adding up by index, where the maths multiplies by one-hot matrices."""
+
+import numpy as np
+
+KERNELS = ("embedding", "scatter_add", "gather", "scatter")
+
+_LONG_ROW = 32  # from this length on, adding row by row in Python beats np.add.at
+
+
+class embedding:
+    """y_i = w[t_i]."""
+
+    @staticmethod
+    def forward(w, t):
+        return np.take(w, t, axis=0), None
+
+    @staticmethod
+    def vjp(g, y, w, t, *, saved, needs):
+        return _add_rows(g, t, w.shape[0]), None
+
+
+class scatter_add:
+    """y_v = Σ_i [t_i = v] x_i."""
+
+    @staticmethod
+    def forward(x, t, *, rows):
+        return _add_rows(x, t, rows), None
+
+    @staticmethod
+    def vjp(g, y, x, t, *, rows, saved, needs):
+        return np.take(g, t, axis=0), None
+
+
+class gather:
+    """y_j = x[t_j] along the last axis."""
+
+    @staticmethod
+    def forward(x, t):
+        return np.take_along_axis(x, t, axis=-1), None
+
+    @staticmethod
+    def vjp(g, y, x, t, *, saved, needs):
+        return _add_along_last(g, t, x.shape[-1]), None
+
+    @staticmethod
+    def accepts(x, t):
+        return x.shape[:-1] == t.shape[:-1]
+
+
+class scatter:
+    """y_v = Σ_j [t_j = v] x_j along the last axis."""
+
+    @staticmethod
+    def forward(x, t, *, size):
+        return _add_along_last(x, t, size), None
+
+    @staticmethod
+    def vjp(g, y, x, t, *, size, saved, needs):
+        return np.take_along_axis(g, t, axis=-1), None
+
+    @staticmethod
+    def accepts(x, t, *, size):
+        return x.shape == t.shape
+
+
+def _add_rows(x, t, rows):
+    """Row t_i of the result gets x_i added: (..., c), (...) -> (rows, c)."""
+    c = x.shape[-1]
+    y, x, t = np.zeros((rows, c), x.dtype), x.reshape(t.size, c), t.reshape(-1)
+    if c < _LONG_ROW:
+        np.add.at(y, t, x)
+    else:
+        for i, row in zip(t.tolist(), x):
+            y[i] += row
+    return y
+
+
+def _add_along_last(x, t, size):
+    """(..., m), (..., m) -> (..., size): what has the same index is added up."""
+    y = np.zeros((*x.shape[:-1], size), x.dtype)
+    first = np.arange(y.size // size if size else 0).reshape(*x.shape[:-1], 1) * size
+    np.add.at(y.reshape(-1), (first + t).reshape(-1), x.reshape(-1))
+    return y

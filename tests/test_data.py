@@ -1,0 +1,319 @@
+"""Corpora, token files, windows and batches: the numbers of the book, the laws, bad input."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinygrad_llm.data import (
+    DataLoader,
+    RandomBatches,
+    Windows,
+    embedded_corpus,
+    open_tokens,
+    read_corpus,
+    train_val_split,
+    write_tokens,
+)
+
+# Corpora
+
+
+def test_embedded_corpus():
+    text = embedded_corpus()
+    assert text == embedded_corpus()
+    assert 400_000 < len(text) < 700_000
+    assert text.startswith('The "assert" statement\n\n')
+    assert "****" not in text.splitlines()
+    assert not text.startswith("\n") and text.endswith(".\n")
+
+
+def test_read_corpus_keeps_the_text(tmp_path):
+    first, second = tmp_path / "first.txt", tmp_path / "second.txt"
+    first.write_bytes("Zoë\r\n".encode())
+    second.write_bytes(b"\xef\xbb\xbfwith a byte order mark")
+    assert read_corpus(first) == read_corpus(str(first)) == read_corpus([first]) == "Zoë\r\n"
+    assert read_corpus([second, first]) == "with a byte order mark\n\nZoë\r\n"
+    assert read_corpus([first, first], separator="<|endoftext|>") == "Zoë\r\n<|endoftext|>Zoë\r\n"
+
+
+def test_read_corpus_bad_input(tmp_path):
+    path = tmp_path / "text.txt"
+    with pytest.raises(FileNotFoundError, match=r"text\.txt does not exist"):
+        read_corpus(path)
+    with pytest.raises(ValueError, match="is a directory"):
+        read_corpus(tmp_path)
+    with pytest.raises(ValueError, match="at least one"):
+        read_corpus([])
+    for nothing in (b"", b" \n", b"\xef\xbb\xbf"):
+        path.write_bytes(nothing)
+        with pytest.raises(ValueError, match=r"text\.txt is empty"):
+            read_corpus(path)
+    path.write_bytes("Zoë".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"byte offset 2: .* iconv -f LATIN1 -t UTF-8"):
+        read_corpus(path)
+
+
+# Token files
+
+
+@given(ids=st.lists(st.integers(0, 2**16 + 9) | st.integers(0, 2**32 - 1), min_size=1))
+def test_token_file_round_trips(tmp_path_factory, ids):
+    path = tmp_path_factory.mktemp("tokens") / "tokens.npy"
+    write_tokens(path, ids)
+    tokens = open_tokens(path)
+    assert isinstance(tokens, np.memmap)
+    assert not tokens.flags.writeable
+    assert tokens.dtype == (np.uint16 if max(ids) < 2**16 else np.uint32)
+    assert tokens.tolist() == ids
+    assert [file.name for file in path.parent.iterdir()] == ["tokens.npy"]
+
+
+def test_write_tokens_bad_input(tmp_path):
+    path = tmp_path / "tokens.npy"
+    write_tokens(path, [1, 2, 3])
+    for bad, message in (([], "no token ids"), ([-1], "-1"), ([2**32], str(2**32))):
+        with pytest.raises(ValueError, match=message):
+            write_tokens(path, bad)
+    with pytest.raises(TypeError, match="float64"):
+        write_tokens(path, [0.5])
+    with pytest.raises(TypeError, match="<U4"):
+        write_tokens(path, ["text"])
+    with pytest.raises(ValueError, match=r"shape \(1, 2\)"):
+        write_tokens(path, [[1, 2]])
+    with pytest.raises(FileNotFoundError):
+        write_tokens(tmp_path / "nowhere" / "tokens.npy", [1])
+    assert open_tokens(path).tolist() == [1, 2, 3]  # a failed write changes nothing
+
+
+def test_open_tokens_bad_input(tmp_path):
+    path = tmp_path / "tokens.npy"
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        open_tokens(path)
+    write_tokens(path, range(1000))
+    whole = path.read_bytes()
+    for content in (b"", b"just text", whole[:50], whole[:1000]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"tokens\.npy is not a token file, or is truncated"):
+            open_tokens(path)
+    for array in (np.zeros(3), np.zeros((2, 2), np.uint16), np.zeros(3, np.int64)):
+        np.save(path, array)
+        with pytest.raises(ValueError, match="expected a one-dimensional"):
+            open_tokens(path)
+    np.savez(tmp_path / "archive.npz", tokens=np.zeros(3, np.uint16))
+    with pytest.raises(ValueError, match="archive of arrays"):
+        open_tokens(tmp_path / "archive.npz")
+    np.save(path, np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="not a token file"):
+        open_tokens(path)
+    with pytest.raises(ValueError, match="not a token file"):
+        open_tokens(tmp_path)
+
+
+@given(size=st.integers(2, 500), fraction=st.floats(0.01, 0.99), context=st.integers(1, 20))
+def test_split_cuts_once(size, fraction, context):
+    tokens = np.arange(size)
+    try:
+        train, val = train_val_split(tokens, fraction, context)
+    except ValueError as error:
+        assert f"one window needs {context + 1}" in str(error)
+        val_size = size - int((1 - fraction) * size)
+        assert min(val_size, size - val_size) < context + 1
+    else:
+        assert np.concatenate([train, val]).tolist() == tokens.tolist()
+        assert abs(len(val) - fraction * size) <= 1
+        assert min(len(train), len(val)) >= context + 1
+
+
+def test_split_of_a_token_file_stays_in_the_file(tmp_path):
+    write_tokens(tmp_path / "tokens.npy", range(100))
+    train, val = train_val_split(open_tokens(tmp_path / "tokens.npy"))
+    assert isinstance(train, np.memmap)
+    assert (len(train), len(val)) == (90, 10)
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
+def test_split_bad_fraction(fraction):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        train_val_split(range(10), fraction)
+
+
+# Windows
+
+
+@given(st.data())
+def test_windows_are_shifted_by_one(data):
+    max_length = data.draw(st.integers(1, 20))
+    stride = data.draw(st.integers(1, 25))
+    size = data.draw(st.integers(max_length + 1, 200))
+    tokens = np.random.default_rng(0).integers(0, 2**16, size, dtype=np.uint16)
+    windows = Windows(tokens, max_length, stride)
+    starts = range(0, size - max_length, stride)
+    assert len(windows) == len(starts)
+    for start, (x, y) in zip(starts, windows, strict=True):
+        assert x.dtype == y.dtype == np.int64
+        assert x.tolist() == tokens[start : start + max_length].tolist()
+        assert y.tolist() == tokens[start + 1 : start + 1 + max_length].tolist()
+    indices = data.draw(st.lists(st.integers(-len(windows), len(windows) - 1)))
+    x, y = windows.batch(indices)
+    assert x.shape == y.shape == (len(indices), max_length)
+    for row, index in enumerate(indices):
+        assert x[row].tolist() == windows[index][0].tolist()
+        assert y[row].tolist() == windows[index][1].tolist()
+
+
+def test_batches_are_copies():
+    tokens = np.arange(10)
+    x, y = Windows(tokens, 4, 4).batch([0])
+    x[:] = -1
+    assert tokens.tolist() == list(range(10))
+    assert y.tolist() == [[1, 2, 3, 4]]
+
+
+def test_windows_bad_input():
+    for max_length, stride, message in ((0, 1, "max_length"), (1, 0, "stride"), (1, -2, "stride")):
+        with pytest.raises(ValueError, match=f"{message} must be at least 1"):
+            Windows(range(10), max_length, stride)
+    with pytest.raises(ValueError, match="need 11 tokens, but there are only 10"):
+        Windows(range(10), 10, 1)
+    with pytest.raises(TypeError, match="integer"):
+        Windows(range(10), 2.5, 1)
+    with pytest.raises(TypeError, match="encode the text first"):
+        Windows(list("text"), 1, 1)
+    windows = Windows(range(10), 4, 1)
+    for index in (6, -7):
+        with pytest.raises(IndexError, match=f"no window {index}: there are 6"):
+            windows[index]
+        with pytest.raises(IndexError, match=f"no window {index}: there are 6"):
+            windows.batch([0, index])
+
+
+# Batches
+
+
+@given(
+    size=st.integers(2, 60),
+    batch_size=st.integers(1, 10),
+    seed=st.none() | st.integers(0, 9),
+    drop_last=st.booleans(),
+)
+def test_loader_gives_each_window_once(size, batch_size, seed, drop_last):
+    windows = Windows(range(size), 1, 1)  # window i is just [i]
+    rng = None if seed is None else np.random.default_rng(seed)
+    if drop_last and len(windows) < batch_size:
+        with pytest.raises(ValueError, match="make no batch"):
+            DataLoader(windows, batch_size, rng, drop_last)
+        return
+    loader = DataLoader(windows, batch_size, rng, drop_last)
+    batches = list(loader)
+    assert len(batches) == len(loader)
+    seen = np.concatenate([x[:, 0] for x, _ in batches]).tolist()
+    if drop_last:
+        assert all(len(x) == batch_size for x, _ in batches)
+        assert len(windows) - len(seen) < batch_size
+    if seed is None:
+        assert seen == list(range(len(seen)))
+    else:
+        order = np.random.default_rng(seed).permutation(len(windows))
+        assert seen == order[: len(seen)].tolist()
+    assert len(set(seen)) == len(seen)
+
+
+def test_loader_shuffles_anew_each_time():
+    loader = DataLoader(Windows(range(100), 1, 1), 99, np.random.default_rng(0))
+    first, second = next(iter(loader))[0], next(iter(loader))[0]
+    assert first.tolist() != second.tolist()
+
+
+@given(
+    context=st.integers(1, 10),
+    extra=st.integers(1, 30),
+    batch_size=st.integers(1, 8),
+    seed=st.integers(0, 99),
+)
+def test_random_batches(context, extra, batch_size, seed):
+    tokens = np.arange(context + extra, dtype=np.uint16)
+    first = RandomBatches(tokens, batch_size, context, np.random.default_rng(seed))
+    again = RandomBatches(tokens, batch_size, context, np.random.default_rng(seed))
+    for (x, y), (x_again, y_again), _ in zip(first, again, range(3)):
+        assert x.shape == y.shape == (batch_size, context)
+        assert x.dtype == y.dtype == np.int64
+        assert (y == x + 1).all()  # the tokens count up
+        assert (x == x_again).all() and (y == y_again).all()
+
+
+def test_random_batches_reach_every_start():
+    x, _ = next(RandomBatches(range(7), 200, 4, np.random.default_rng(0)))
+    assert set(x[:, 0].tolist()) == {0, 1, 2}
+
+
+def test_batches_bad_input():
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        DataLoader(Windows(range(10), 1, 1), 0)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        RandomBatches(range(10), 0, 1, rng)
+    with pytest.raises(ValueError, match="context must be at least 1"):
+        RandomBatches(range(10), 1, 0, rng)
+    with pytest.raises(ValueError, match="need 11 tokens, but there are only 10"):
+        RandomBatches(range(10), 1, 10, rng)
+
+
+# The book's numbers: "The Verdict" in GPT-2's tokens
+
+FIRST_50 = [
+    *[40, 367, 2885, 1464, 1807, 3619, 402, 271, 10899, 2138, 257, 7026, 15632, 438, 2016, 257],
+    *[922, 5891, 1576, 438, 568, 340, 373, 645, 1049, 5975, 284, 502, 284, 3285, 326, 11],
+    *[287, 262, 6001, 286, 465, 13476, 11, 339, 550, 5710, 465, 12036, 11, 6405, 257, 5527],
+    *[27075, 11],
+]
+
+
+@pytest.fixture(scope="module")
+def verdict() -> np.ndarray:
+    folder = os.environ.get("TINYGRAD_LLM_DATA")
+    if not folder or not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("set TINYGRAD_LLM_DATA (the-verdict.txt) and TIKTOKEN_CACHE_DIR (gpt2)")
+    text = read_corpus(Path(folder) / "the-verdict.txt")
+    return np.array(tiktoken.get_encoding("gpt2").encode(text))
+
+
+def test_verdict_tokens(verdict):
+    assert len(verdict) == 5145
+    assert verdict[:50].tolist() == FIRST_50
+    x, y = Windows(verdict[50:], 4, 1)[0]
+    assert x.tolist() == [290, 4920, 2241, 287]
+    assert y.tolist() == [4920, 2241, 287, 257]
+
+
+@pytest.mark.parametrize(("max_length", "stride"), [(4, 1), (2, 2), (8, 2)])
+def test_verdict_first_batches(verdict, max_length, stride):
+    x, y = next(iter(DataLoader(Windows(verdict, max_length, stride), batch_size=8)))
+    starts = [i * stride for i in range(8)]
+    assert x.tolist() == [FIRST_50[start : start + max_length] for start in starts]
+    assert y.tolist() == [FIRST_50[start + 1 : start + 1 + max_length] for start in starts]
+
+
+def test_verdict_printed_batch(verdict):
+    x, y = next(iter(DataLoader(Windows(verdict, max_length=4, stride=4), batch_size=8)))
+    assert x.tolist() == [
+        [40, 367, 2885, 1464],
+        [1807, 3619, 402, 271],
+        [10899, 2138, 257, 7026],
+        [15632, 438, 2016, 257],
+        [922, 5891, 1576, 438],
+        [568, 340, 373, 645],
+        [1049, 5975, 284, 502],
+        [284, 3285, 326, 11],
+    ]
+    assert y[0].tolist() == [367, 2885, 1464, 1807]
+
+
+def test_lorem_example():
+    assert len(Windows(range(8), max_length=4, stride=1)) == 4
+    # Stride 2 gives two windows: a third would have no target for its last input.
+    assert [x.tolist() for x, _ in Windows(range(8), 4, 2)] == [[0, 1, 2, 3], [2, 3, 4, 5]]

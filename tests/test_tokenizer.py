@@ -1,0 +1,529 @@
+"""The byte-level BPE tokenizer: nothing is lost, and others who do the same get the same ids.
+
+Others are a naive trainer in this file, tiktoken, and Hugging Face's tokenizers and transformers.
+"""
+
+import copy
+import json
+import os
+import pickle
+import shutil
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinygrad_llm.data import embedded_corpus
+from tinygrad_llm.tokenizer import BPETokenizer, StreamDecoder
+from tinygrad_llm.tokenizer.bpe import WORD
+from tinygrad_llm.tokenizer.bpe_files import byte_to_printable, printable
+from tinygrad_llm.tokenizer.bpe_train import learn_merges, merge_pair
+
+END = "<|endoftext|>"
+CORPUS = embedded_corpus()
+TRAINED = BPETokenizer.train(CORPUS, 700, special_tokens=[END, "<|user|>"])
+
+# Any characters, but also many that meet in real text, so that merges happen.
+ANY_TEXT = st.text() | st.text(st.sampled_from("aeinst  \n'1é.")) | st.text("ab ", min_size=20)
+# Libraries know different Unicode versions: compare on characters that Python already knows.
+KNOWN_TEXT = st.text(st.characters(exclude_categories=["Cs", "Cn"])) | st.text("aeinst  \n'1é.")
+WITH_SPECIAL = st.lists(KNOWN_TEXT | st.sampled_from([END, "<|user|>"])).map("".join)
+
+
+def data_file(name: str) -> Path:
+    folder = os.environ.get("TINYGRAD_LLM_DATA")
+    if not folder:
+        pytest.skip("set TINYGRAD_LLM_DATA to the folder with gpt2-bpe/ and the-verdict.txt")
+    return Path(folder) / name
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> BPETokenizer:
+    return BPETokenizer.from_files(
+        data_file("gpt2-bpe/encoder.json"), data_file("gpt2-bpe/vocab.bpe")
+    )
+
+
+# Laws
+
+
+@given(ANY_TEXT)
+def test_any_text_round_trips(text):
+    ids = TRAINED.encode_ordinary(text)
+    assert TRAINED.decode(ids) == text
+    assert TRAINED.encode_bytes(text.encode()) == ids
+
+
+@given(st.binary() | st.text().map(str.encode).map(lambda data: data[1:]))
+def test_any_bytes_round_trip(data):
+    ids = TRAINED.encode_bytes(data)
+    assert TRAINED.decode_bytes(ids) == data
+    assert TRAINED.decode(ids) == data.decode("utf-8", "replace")
+
+
+@given(WITH_SPECIAL)
+def test_special_tokens_round_trip(text):
+    ids = TRAINED.encode(text, allowed_special="all")
+    assert TRAINED.decode(ids) == text
+    assert ids.count(TRAINED.end_of_text) == text.count(END)
+    assert TRAINED.decode(TRAINED.encode_ordinary(text)) == text
+
+
+def test_tiktoken_takes_the_merges_of_any_training():
+    assert TRAINED._tiktoken is not None  # otherwise the next test would compare nothing
+
+
+@given(ANY_TEXT | WITH_SPECIAL)
+def test_our_loop_equals_tiktoken(text):
+    array = TRAINED.encode_array(text, allowed_special="all")
+    assert array.dtype == np.uint16
+    assert array.tolist() == TRAINED.encode(text, allowed_special="all")
+
+
+@pytest.mark.parametrize("text", [" " * 400_000 + "a", "\n" * 1000, "the" * 3000, "é" * 1000])
+def test_very_long_words(text):
+    ids = TRAINED.encode(text)
+    assert TRAINED.encode_array(text).tolist() == ids
+    assert TRAINED.decode(ids) == text
+
+
+@given(st.binary() | ANY_TEXT.map(str.encode))
+def test_stream_equals_decode(data):
+    ids = TRAINED.encode_bytes(data)
+    stream = StreamDecoder(TRAINED)
+    pieces = [stream.feed(token_id) for token_id in ids] + [stream.finish()]
+    assert "".join(pieces) == TRAINED.decode(ids)
+    assert stream.finish() == ""
+
+
+def test_stream_waits_for_the_whole_character():
+    stream = StreamDecoder(TRAINED)
+    ids = TRAINED.encode("é😀")
+    assert [stream.feed(token_id) for token_id in ids] == ["", "é", "", "", "", "😀"]
+    assert stream.feed(ids[0]) == ""
+    assert stream.finish() == "\ufffd"
+
+
+# Training
+
+
+def naive_merges(words: dict[bytes, int], n_merges: int) -> list[tuple[bytes, bytes]]:
+    """Counts every pair anew for every merge. Dictionaries keep the order of first appearance."""
+    spellings = {word: [bytes([byte]) for byte in word] for word in words}
+    appeared: dict = {}
+    merges = []
+    for _ in range(n_merges):
+        counts = Counter()
+        for word, count in words.items():
+            for pair in pairwise(spellings[word]):
+                appeared.setdefault(pair)
+                counts[pair] += count
+        if not counts:
+            break
+        merges.append(max(appeared, key=lambda pair: counts[pair]))  # the first of equals
+        spellings = {word: merge_pair(parts, merges[-1]) for word, parts in spellings.items()}
+    return merges
+
+
+@given(st.dictionaries(st.text("abc", min_size=1).map(str.encode), st.integers(1, 5)))
+def test_merges_equal_the_naive_trainer(words):
+    assert learn_merges(words, 30) == naive_merges(words, 30)
+
+
+def test_merges_equal_the_naive_trainer_on_real_text():
+    words = Counter(word.encode() for word in WORD.findall(CORPUS[:50_000]))
+    assert learn_merges(words, 100) == naive_merges(words, 100)
+
+
+def test_merges_by_hand():
+    trained = BPETokenizer.train("low low low lower", 300, special_tokens=[])
+    # "lo" and "ow" are equally frequent: "lo" appeared first.
+    assert trained.merges[:2] == [(b"l", b"o"), (b"lo", b"w")]
+    assert trained.merges[2] == (b" ", b"low")
+    assert trained.decode_bytes([256]) == b"lo"
+
+
+def test_training_stops_when_nothing_is_left_to_merge():
+    trained = BPETokenizer.train("abab", 1000)
+    assert trained.merges == [(b"a", b"b"), (b"ab", b"ab")]
+    assert trained.vocab_size == 256 + 2 + 1
+    assert trained.encode("abab") == [257]
+
+
+def test_progress_counts_merges():
+    calls = []
+    BPETokenizer.train("abcd", 259, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(1, 2), (2, 2)]
+
+
+def test_special_tokens_are_boundaries_and_not_learned():
+    joined = BPETokenizer.train(f"abc{END}abc", 400)
+    assert joined.vocab_size == 256 + 2 + 1
+    assert joined.encode(f"abc{END}abc", allowed_special="all") == [257, 258, 257]
+
+
+def test_layout_of_ids():
+    assert TRAINED.vocab_size == 700
+    assert TRAINED.special_tokens == {END: 698, "<|user|>": 699}
+    assert TRAINED.end_of_text == TRAINED.token_to_id(END) == 698
+    assert TRAINED.token_to_id("!") == 0
+    assert TRAINED.token_to_id(b"\n") == 198
+    assert TRAINED.token_to_id(" the") == TRAINED.encode(" the")[0]
+
+
+def test_printable_table():
+    table = byte_to_printable()
+    assert sorted(table) == list(range(256))
+    assert len(set(table.values())) == 256
+    assert printable(b" the\n") == "ĠtheĊ"
+
+
+@settings(max_examples=20)
+@given(st.text(min_size=1), st.integers(257, 300))
+def test_training_on_any_text(text, vocab_size):
+    trained = BPETokenizer.train(text, vocab_size)
+    assert 257 <= trained.vocab_size <= vocab_size
+    assert trained.decode(trained.encode_ordinary(text)) == text
+    assert trained.encode_array(text, disallowed_special=()).tolist() == trained.encode_ordinary(
+        text
+    )
+
+
+def test_copies_and_pickles():
+    TRAINED.encode_array("filled caches")
+    for other in (copy.deepcopy(TRAINED), pickle.loads(pickle.dumps(TRAINED))):
+        assert other.encode("a new phrase") == TRAINED.encode("a new phrase")
+        assert other.encode_array("a new phrase").tolist() == TRAINED.encode("a new phrase")
+
+
+# GPT-2's own vocabulary
+
+KNOWN_IDS = {
+    f"Hello, do you like tea? {END} In the sunlit terracesof someunknownPlace.": [
+        *[15496, 11, 466, 345, 588, 8887, 30, 220, 50256, 554, 262, 4252, 18250, 8812, 2114],
+        *[1659, 617, 34680, 27271, 13],
+    ],
+    "Akwirw ier": [33901, 86, 343, 86, 220, 959],
+    "Every effort moves you": [6109, 3626, 6100, 345],
+    "Implementations": [3546, 26908, 602],
+    "Hello, world. Is this-- a test?": [15496, 11, 995, 13, 1148, 428, 438, 257, 1332, 30],
+    "asdf asdfasdf a!!, @aba 9asdf90asdfk": [
+        *[292, 7568, 355, 7568, 292, 7568, 257, 3228, 11, 2488, 15498, 860, 292, 7568, 3829],
+        *[292, 7568, 74],
+    ],
+    "<|user|>": [27, 91, 7220, 91, 29],
+    "\n": [198],
+}
+
+
+@pytest.mark.parametrize("text", KNOWN_IDS)
+def test_gpt2_known_ids(gpt2, text):
+    assert gpt2.encode(text, allowed_special={END}) == KNOWN_IDS[text]
+    assert gpt2.decode(KNOWN_IDS[text]) == text
+
+
+def test_gpt2_equals_tiktoken(gpt2):
+    assert gpt2.vocab_size == 50257
+    assert gpt2.end_of_text == 50256
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("set TIKTOKEN_CACHE_DIR to a folder with tiktoken's files of gpt2")
+    theirs = tiktoken.get_encoding("gpt2")
+    verdict = data_file("the-verdict.txt").read_text(encoding="utf-8")
+    assert len(gpt2.encode(verdict)) == 5145
+    assert gpt2._tiktoken is not None
+    for text in (CORPUS[:100_000], verdict):
+        ids = gpt2.encode(text)
+        assert ids == theirs.encode(text)
+        assert gpt2.encode_array(text).tolist() == ids
+
+    @given(KNOWN_TEXT)
+    def on_any_text(text):
+        assert gpt2.encode_ordinary(text) == theirs.encode_ordinary(text)
+
+    on_any_text()
+
+
+def test_gpt2_saved_and_loaded(gpt2, tmp_path):
+    gpt2.save(tmp_path)
+    saved = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+    assert saved == json.loads(data_file("gpt2-bpe/encoder.json").read_text(encoding="utf-8"))
+    merges = (tmp_path / "merges.txt").read_text(encoding="utf-8")
+    assert merges == data_file("gpt2-bpe/vocab.bpe").read_text(encoding="utf-8")
+    loaded = BPETokenizer.load(tmp_path)
+    text = "Every effort moves you"
+    assert loaded.encode(text) == gpt2.encode(text)
+
+
+# Files, and Hugging Face as the oracle for them
+
+
+def same(first: BPETokenizer, second: BPETokenizer) -> bool:
+    return (
+        first.merges == second.merges
+        and first.token_ids == second.token_ids
+        and first.special_tokens == second.special_tokens
+    )
+
+
+@pytest.mark.parametrize("special_tokens", [[], [END], ["<|user|>", "<|end of turn|>", END]])
+@pytest.mark.parametrize("missing", [[], ["tokenizer.json"], ["vocab.json", "merges.txt"]])
+def test_save_and_load(tmp_path, special_tokens, missing):
+    trained = BPETokenizer.train(CORPUS[:20_000], 300, special_tokens)
+    trained.save(tmp_path / "new" / "folder")
+    for name in missing:
+        (tmp_path / "new" / "folder" / name).unlink()
+    assert same(BPETokenizer.load(tmp_path / "new" / "folder"), trained)
+
+
+def test_save_replaces_the_older_files_and_leaves_no_others(tmp_path):
+    BPETokenizer.train("an older one", 270).save(tmp_path)
+    TRAINED.save(tmp_path)
+    assert same(BPETokenizer.load(tmp_path), TRAINED)
+    names = {"vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory):
+    """Our saved directory, opened by transformers in three ways and by tokenizers."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("saved")
+    TRAINED.save(folder)
+    plain = tmp_path_factory.mktemp("without_tokenizer_json")
+    shutil.copytree(folder, plain, dirs_exist_ok=True)
+    (plain / "tokenizer.json").unlink()
+    return {
+        "gpt2": transformers.GPT2TokenizerFast.from_pretrained(folder),
+        "auto": transformers.AutoTokenizer.from_pretrained(folder),
+        "auto, without tokenizer.json": transformers.AutoTokenizer.from_pretrained(plain),
+        "tokenizers": tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")),
+    }
+
+
+def test_hugging_face_gets_the_same_ids(hugging_face):
+    @given(WITH_SPECIAL)
+    def on_any_text(text):
+        ids = TRAINED.encode(text, allowed_special="all")
+        for name, theirs in hugging_face.items():
+            encoded = theirs.encode(text)
+            assert (encoded.ids if name == "tokenizers" else encoded) == ids, name
+            assert theirs.decode(ids, skip_special_tokens=False) == text, name
+
+    on_any_text()
+    for name in ("gpt2", "auto", "auto, without tokenizer.json"):
+        assert hugging_face[name].eos_token_id == TRAINED.end_of_text
+        assert len(hugging_face[name]) == TRAINED.vocab_size
+
+
+def test_we_open_what_hugging_face_saves(hugging_face, tmp_path):
+    hugging_face["auto"].save_pretrained(tmp_path)
+    assert same(BPETokenizer.load(tmp_path), TRAINED)
+
+    # Training by their library: special tokens come first, and ids are not in the order of ours.
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.ByteLevelBPETokenizer()
+    theirs.train_from_iterator([CORPUS], 600, special_tokens=["<s>", END], show_progress=False)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = BPETokenizer.load(tmp_path)
+    assert ours.special_tokens == {"<s>": 0, END: 1}
+    text = f"<s>{CORPUS[:10_000]} é 😀{END}"
+    assert ours.encode(text, allowed_special="all") == theirs.encode(text).ids
+    assert ours.encode_array(text, allowed_special="all").tolist() == theirs.encode(text).ids
+
+
+def test_merges_that_tiktoken_would_apply_otherwise(tmp_path):
+    """ "abc" is ("a", "bc"), but "ab" comes first: by pairs "abc" stays ["ab", "c"]."""
+    tokens = [*byte_to_printable().values(), "ab", "bc", "abc"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    (tmp_path / "merges.txt").write_text("a b\nb c\na bc\n", encoding="utf-8")
+    loaded = BPETokenizer.load(tmp_path)
+    assert loaded.encode("abc") == [256, loaded.token_to_id("c")]
+    assert loaded.encode_array("abc").tolist() == loaded.encode("abc")
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("text", 256), ValueError, "at least 257"),
+        (("text", 257, ["a1", "b1"]), ValueError, "at least 258"),
+        (("", 300), ValueError, "empty text"),
+        ((END, 300), ValueError, "empty text"),
+        ((b"text", 300), TypeError, "must be str"),
+        (("half a pair \ud83d", 300), ValueError, "at index 12"),
+        (("text", 300.0), TypeError, "integer"),
+        (("text", 300, END), TypeError, "list"),
+        (("text", 300, [END, END]), ValueError, "different"),
+        (("text", 300, [""]), ValueError, "empty"),
+        (("text", 300, ["!"]), ValueError, "choose another"),
+    ],
+)
+def test_bad_training_input(arguments, error, message):
+    with pytest.raises(error, match=message):
+        BPETokenizer.train(*arguments)
+
+
+def test_special_text_that_is_not_allowed():
+    text = f"tea? {END} In <|user|>"
+    for encode in (TRAINED.encode, TRAINED.encode_array):
+        with pytest.raises(ValueError, match="encode_ordinary"):
+            encode(text)
+        with pytest.raises(ValueError, match=r"<\|user\|>"):
+            encode(text, allowed_special={END})
+        mixed = encode(text, allowed_special=END, disallowed_special=())
+        assert TRAINED.end_of_text in mixed
+        assert TRAINED.token_to_id("<|user|>") not in mixed
+        assert TRAINED.decode(mixed) == text
+        with pytest.raises(ValueError, match="no special token"):
+            encode(text, allowed_special=["<|nobody|>"])
+
+
+def test_longer_special_tokens_come_first():
+    trained = BPETokenizer.train("text", 300, special_tokens=["<a>", "<a>b"])
+    assert trained.encode("<a>b<a>", allowed_special="all") == [
+        trained.special_tokens["<a>b"],
+        trained.special_tokens["<a>"],
+    ]
+
+
+def test_bad_text_and_ids():
+    with pytest.raises(TypeError, match="encode_bytes"):
+        TRAINED.encode(b"bytes")
+    for bad in ("text", 5):
+        with pytest.raises(TypeError, match="must be bytes"):
+            TRAINED.encode_bytes(bad)
+    with pytest.raises(TypeError, match="must be str"):
+        TRAINED.token_to_id(5)
+    with pytest.raises(ValueError, match="surrogate"):
+        TRAINED.encode("\ud83d")
+    for bad in (-1, 700):
+        with pytest.raises(IndexError, match=r"0\.\.699"):
+            TRAINED.decode([0, bad])
+        with pytest.raises(IndexError, match=r"0\.\.699"):
+            StreamDecoder(TRAINED).feed(bad)
+    for bad in (["a"], [1.0], [[1, 2]], np.zeros((2, 2), int), "12", 5):
+        with pytest.raises(TypeError, match="integers"):
+            TRAINED.decode(bad)
+    with pytest.raises(ValueError, match="not one token"):
+        TRAINED.token_to_id("a whole sentence")
+    with pytest.raises(ValueError, match="not one token"):
+        BPETokenizer.train("text", 300, special_tokens=[]).end_of_text  # noqa: B018
+    assert TRAINED.decode([]) == ""
+    assert TRAINED.decode(np.array(TRAINED.encode("text"), np.uint16)) == "text"
+
+
+def edited(path: Path, edit) -> None:
+    """Replace the JSON in a file by what `edit` makes of it."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(edit(content)), encoding="utf-8")
+
+
+BAD_VOCABULARIES = {
+    "not valid JSON": lambda path: path.write_bytes(path.read_bytes()[:1000]),
+    "expected one JSON object": lambda path: path.write_text("[1, 2]"),
+    "is missing": lambda path: path.unlink(),
+    "not UTF-8 at byte offset 1": lambda path: path.write_bytes(b"{\xff}"),
+    "each id 0..698 once": lambda path: edited(path, lambda v: {t: i for t, i in v.items() if i}),
+    "each id 0..699 once": lambda path: edited(path, lambda v: v | {"!": 1}),
+    "whole number": lambda path: edited(path, lambda v: v | {"!": "0"}),
+    "stands for no byte": lambda path: edited(path, lambda v: v | {"a b": 700}),
+    "1 of 256 bytes": lambda path: edited(
+        path, lambda v: {"!!" if t == "!" else t: i for t, i in v.items()}
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD_VOCABULARIES)
+def test_bad_vocab_json(tmp_path, message):
+    TRAINED.save(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    BAD_VOCABULARIES[message](tmp_path / "vocab.json")
+    with pytest.raises(ValueError, match=message) as caught:
+        BPETokenizer.load(tmp_path)
+    assert "vocab.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+BAD_MERGES = {
+    "is missing": None,
+    "no merge makes 442 tokens": lambda lines: [],
+    "no merge makes 1 tokens": lambda lines: lines[:-1],
+    "expected two tokens": lambda lines: [*lines[:-1], lines[-1] + " x"],
+    "merge 443 makes '!!'": lambda lines: [*lines, "! !"],
+    "merge 443 makes .* no earlier": lambda lines: [*lines, lines[1]],
+    "merge 443 uses 'zqzq'": lambda lines: [*lines, "zqzq z"],
+    "earlier merge makes": lambda lines: [lines[0], *lines[:0:-1]],
+    "stands for no byte": lambda lines: [*lines, "\t z"],
+}
+
+
+@pytest.mark.parametrize("message", BAD_MERGES)
+def test_bad_merges_txt(tmp_path, message):
+    TRAINED.save(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    path = tmp_path / "merges.txt"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.unlink()
+    if BAD_MERGES[message]:
+        path.write_text("\n".join(BAD_MERGES[message](lines)), encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as caught:
+        BPETokenizer.load(tmp_path)
+    assert "merges.txt" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_tokenizers_of_another_kind(tmp_path):
+    TRAINED.save(tmp_path)
+    edited(tmp_path / "tokenizer.json", lambda content: content | {"pre_tokenizer": None})
+    with pytest.raises(ValueError, match=r"tokenizer\.json: expected a byte-level BPE"):
+        BPETokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    edited(tmp_path / "tokenizer_config.json", lambda c: c | {"tokenizer_class": "BertTokenizer"})
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json says .* BertTokenizer"):
+        BPETokenizer.load(tmp_path)
+
+
+def test_files_that_disagree(tmp_path):
+    TRAINED.save(tmp_path)
+    edited(tmp_path / "vocab.json", lambda vocab: vocab | {"!": 1, '"': 0})
+    with pytest.raises(ValueError, match="delete what is out of date"):
+        BPETokenizer.load(tmp_path)
+    with pytest.raises(ValueError, match="missing"):
+        BPETokenizer.load(tmp_path / "nowhere")
+
+
+@settings(max_examples=50)
+@given(st.data())
+def test_a_damaged_tokenizer_json_is_a_value_error(tmp_path_factory, data):
+    """Any part of the file replaced by something else: opened with the same ids, or refused."""
+    folder = tmp_path_factory.mktemp("damaged")
+    small = BPETokenizer.train("some text", 260)
+    small.save(folder)
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    where = content
+    while True:
+        key = data.draw(
+            st.sampled_from(list(where) if isinstance(where, dict) else range(len(where)))
+        )
+        if not isinstance(where[key], (dict, list)) or not where[key] or data.draw(st.booleans()):
+            break
+        where = where[key]
+    where[key] = data.draw(st.none() | st.integers(-1, 300) | st.text() | st.just([]) | st.just({}))
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    try:
+        loaded = BPETokenizer.load(folder)
+    except ValueError as error:
+        assert "tokenizer.json" in str(error)
+        assert "\n" not in str(error)
+    else:
+        assert loaded.encode("some text") == small.encode("some text")

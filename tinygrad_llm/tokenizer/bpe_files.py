@@ -1,0 +1,279 @@
+"""Byte-level BPE vocabularies in the files of GPT-2 and Hugging Face.
+
+vocab.json maps each token to its id, merges.txt has one merge a line in the order learned. Both
+are text, so each byte is written as one printable character: a space is 'Ġ', a newline 'Ċ'.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tinygrad_llm.data.files import atomic_write
+from tinygrad_llm.tokenizer.bpe_train import Pair
+
+END_OF_TEXT = "<|endoftext|>"
+HEADER = "#version: 0.2"  # the first line of merges.txt
+
+# What makes a BPETokenizer: its merges, the ids of ordinary tokens, the ids of special tokens.
+Vocabulary = tuple[list[Pair], dict[bytes, int], dict[str, int]]
+
+
+@cache
+def byte_to_printable() -> dict[int, str]:
+    """GPT-2's table of a printable character for each byte, in the order of GPT-2's ids.
+
+    Bytes that Latin-1 shows as a visible character keep it; the others take the characters from
+    U+0100 on.
+    """
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {byte: chr(byte) for byte in visible}
+    for byte in range(256):
+        if byte not in table:
+            table[byte] = chr(0x100 + len(table) - len(visible))
+    return table
+
+
+def printable(token: bytes) -> str:
+    """A token as vocab.json and merges.txt spell it."""
+    table = byte_to_printable()
+    return "".join(table[byte] for byte in token)
+
+
+@cache
+def _printable_to_byte() -> dict[str, int]:
+    return {character: byte for byte, character in byte_to_printable().items()}
+
+
+def write_directory(directory: Path, vocabulary: Vocabulary) -> None:
+    """Write vocab.json, merges.txt, tokenizer.json and tokenizer_config.json."""
+    merges, token_ids, special_tokens = vocabulary
+    spelled = {printable(token): i for token, i in token_ids.items()} | special_tokens
+    vocab = dict(sorted(spelled.items(), key=lambda item: item[1]))
+    lines = [f"{printable(left)} {printable(right)}" for left, right in merges]
+    added = [_added_token(name, i) for name, i in special_tokens.items()]
+
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_json(directory / "vocab.json", vocab)
+    with atomic_write(directory / "merges.txt") as file:
+        file.write("".join(line + "\n" for line in [HEADER, *lines]).encode())
+    _write_json(directory / "tokenizer.json", _tokenizer_json(vocab, lines, added))
+    _write_json(directory / "tokenizer_config.json", _tokenizer_config(added))
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, ensure_ascii=False, indent=1).encode())
+
+
+def _added_token(name: str, token_id: int) -> dict[str, Any]:
+    """How Hugging Face describes a special token: found in the raw text, exactly as written."""
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": token_id, "content": name, **plain, "special": True}
+
+
+def _tokenizer_json(vocab: dict[str, int], lines: list[str], added: list[dict]) -> dict[str, Any]:
+    """The file of the `tokenizers` library: the whole tokenizer in one."""
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,  # GPT-2's regular expression
+    }
+    return {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "vocab": vocab,
+            "merges": [line.split(" ") for line in lines],
+        },
+    }
+
+
+def _tokenizer_config(added: list[dict]) -> dict[str, Any]:
+    """Names the class that `transformers` uses, and the special tokens."""
+    end = END_OF_TEXT if any(token["content"] == END_OF_TEXT for token in added) else None
+    return {
+        "tokenizer_class": "GPT2Tokenizer",
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "bos_token": end,
+        "eos_token": end,
+        "unk_token": end,
+        "added_tokens_decoder": {
+            str(token["id"]): {key: token[key] for key in token if key != "id"} for token in added
+        },
+    }
+
+
+def read_directory(directory: Path) -> Vocabulary:
+    """Read tokenizer.json, or vocab.json and merges.txt, and check that they agree if all exist.
+
+    Raises ValueError, which names the file and what was expected in it.
+    """
+    vocab_file, merges_file = directory / "vocab.json", directory / "merges.txt"
+    tokenizer_file = directory / "tokenizer.json"
+    if not tokenizer_file.exists():
+        special_tokens = _special_tokens_of_config(directory / "tokenizer_config.json")
+        return read_vocab_and_merges(vocab_file, merges_file, special_tokens)
+
+    vocabulary = _read_tokenizer_json(tokenizer_file)
+    if vocab_file.exists() or merges_file.exists():
+        _, _, special_tokens = vocabulary
+        if read_vocab_and_merges(vocab_file, merges_file, special_tokens) != vocabulary:
+            raise ValueError(
+                f"{tokenizer_file} differs from vocab.json and merges.txt beside it: "
+                "expected the same vocabulary in both, so delete what is out of date"
+            )
+    return vocabulary
+
+
+def read_vocab_and_merges(
+    vocab_file: Path, merges_file: Path, special_tokens: Mapping[str, int | None]
+) -> Vocabulary:
+    """Read GPT-2's two files. `special_tokens` maps names to ids, or to None: as in the vocabulary.
+
+    Raises ValueError, which names the file and what was expected in it.
+    """
+    vocab = _read_json(vocab_file)
+    lines = _read_text(merges_file, "one merge a line").splitlines()
+    if lines and lines[0].startswith("#version"):
+        lines = lines[1:]
+    merges = [line.split(" ") for line in lines if line]
+    return _checked(vocab, merges, special_tokens, vocab_file, merges_file)
+
+
+def _read_tokenizer_json(path: Path) -> Vocabulary:
+    content = _read_json(path)
+    try:
+        model, splitter = content["model"], content["pre_tokenizer"]
+        is_gpt2 = (
+            model.get("type", "BPE") == "BPE"  # older files leave it out
+            and splitter["type"] == "ByteLevel"
+            and splitter.get("use_regex", True)
+            and not splitter["add_prefix_space"]
+            and not content.get("normalizer")
+        )
+        vocab = dict(model["vocab"])
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        merges = [[str(part) for part in pair] for pair in merges]
+        special_tokens = {token["content"]: token["id"] for token in content["added_tokens"]}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        is_gpt2 = False
+    if not is_gpt2:
+        raise ValueError(f"{path}: expected a byte-level BPE that splits words as GPT-2 does")
+    return _checked(vocab, merges, special_tokens, path, path)
+
+
+def _special_tokens_of_config(path: Path) -> dict[str, int | None]:
+    """The special tokens that tokenizer_config.json lists; without a list, GPT-2's only one."""
+    config = _read_json(path) if path.exists() else {}
+    kind = config.get("tokenizer_class", "GPT2Tokenizer")
+    if kind not in ("GPT2Tokenizer", "GPT2TokenizerFast"):
+        raise ValueError(f"{path} says tokenizer_class {kind}: expected GPT2Tokenizer")
+    if "added_tokens_decoder" not in config:
+        return {END_OF_TEXT: None}
+    try:
+        listed = config["added_tokens_decoder"].items()
+        return {token["content"]: int(token_id) for token_id, token in listed}
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise ValueError(f"{path}: expected added_tokens_decoder to map ids to tokens") from None
+
+
+def _checked(
+    vocab: dict[str, int],
+    merges: list[list[str]],
+    special_tokens: Mapping[str, int | None],
+    vocab_file: Path,
+    merges_file: Path,
+) -> Vocabulary:
+    """The vocabulary in bytes, after checking that its parts fit together."""
+    vocab = vocab | {name: i for name, i in special_tokens.items() if i is not None}
+    _check_ids(vocab, vocab_file)
+    special_ids = {name: vocab[name] for name in special_tokens if name in vocab}
+    ordinary = [name for name in vocab if name not in special_ids]
+    token_ids = {_spelled(name, vocab_file): vocab[name] for name in ordinary}
+    missing = [byte for byte in range(256) if bytes([byte]) not in token_ids]
+    if missing:
+        raise ValueError(
+            f"{vocab_file}: {len(missing)} of 256 bytes are missing: expected them all"
+        )
+    return _checked_merges(merges, token_ids, merges_file), token_ids, special_ids
+
+
+def _check_ids(vocab: dict[str, int], file: Path) -> None:
+    if not all(type(token_id) is int for token_id in vocab.values()):
+        raise ValueError(f"{file}: expected a whole number as the id of each token")
+    if sorted(vocab.values()) != list(range(len(vocab))):
+        raise ValueError(
+            f"{file}: expected each id 0..{len(vocab) - 1} once, for its {len(vocab)} tokens"
+        )
+
+
+def _checked_merges(merges: list[list[str]], token_ids: dict[bytes, int], file: Path) -> list[Pair]:
+    """The merges in bytes: each joins tokens that exist by then, and makes one new token."""
+    pairs = []
+    made = {bytes([byte]) for byte in range(256)}
+    for number, merge in enumerate(merges, start=1):
+        if len(merge) != 2:
+            raise ValueError(f"{file}: merge {number} is {' '.join(merge)!r}: expected two tokens")
+        left, right = (_spelled(part, file) for part in merge)
+        for part in (left, right):
+            if part not in made:
+                raise ValueError(
+                    f"{file}: merge {number} uses {printable(part)!r}: "
+                    "expected a byte or what an earlier merge makes"
+                )
+        token = left + right
+        if token not in token_ids or token in made:
+            raise ValueError(
+                f"{file}: merge {number} makes {printable(token)!r}: "
+                "expected a token of the vocabulary that no earlier merge makes"
+            )
+        made.add(token)
+        pairs.append((left, right))
+    if len(made) < len(token_ids):
+        without = [token for token in token_ids if token not in made]
+        raise ValueError(
+            f"{file}: no merge makes {len(without)} tokens, such as {printable(without[0])!r}: "
+            "expected one for each token that is no byte and no special token"
+        )
+    return pairs
+
+
+def _spelled(name: str, file: Path) -> bytes:
+    """The bytes of a token as files spell it."""
+    try:
+        return bytes(_printable_to_byte()[character] for character in name)
+    except KeyError as error:
+        raise ValueError(
+            f"{file}: token {name!r} has the character {error.args[0]!r}, which stands for no byte"
+        ) from None
+
+
+def _read_text(path: Path, expected: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: expected {expected}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte offset {error.start}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    expected = "one JSON object"
+    try:
+        content = json.loads(_read_text(path, expected))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is not valid JSON (line {error.lineno}: {error.msg}): expected {expected}"
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}: expected {expected}")
+    return content
