@@ -1,0 +1,199 @@
+"""GPT-2, whole: the sizes by name, the model, and how its weights start.
+
+Letters in shapes: B sequences, T tokens in each, C channels (emb_dim), V token ids (vocab_size).
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from . import functional as F  # noqa: N812 (PyTorch's name for it)
+from .nn import Dropout, Embedding, LayerNorm, Linear, Module, ModuleList, TransformerBlock, no_init
+from .nn.init import constant_, normal_
+from .nn.layers import check_divides, check_probability, check_sizes
+from .random import Generator
+from .tensor import Tensor
+
+SIZES = {
+    "gpt2": {"emb_dim": 768, "n_layers": 12, "n_heads": 12},
+    "gpt2-medium": {"emb_dim": 1024, "n_layers": 24, "n_heads": 16},
+    "gpt2-large": {"emb_dim": 1280, "n_layers": 36, "n_heads": 20},
+    "gpt2-xl": {"emb_dim": 1600, "n_layers": 48, "n_heads": 25},
+}
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The numbers that define a GPT; by default the smallest GPT-2, without biases on q, k, v.
+
+    vocab_size      different token ids
+    context_length  most tokens in a sequence
+    emb_dim         channels that a token has between the blocks
+    n_heads         heads of the attention; must divide emb_dim
+    n_layers        transformer blocks
+    drop_rate       probability of dropout, in training only
+    qkv_bias        whether q, k and v have biases; OpenAI's GPT-2 has them
+    tie_weights     whether the output head is the table of token embeddings, as in GPT-2
+    """
+
+    vocab_size: int = 50257
+    context_length: int = 1024
+    emb_dim: int = 768
+    n_heads: int = 12
+    n_layers: int = 12
+    drop_rate: float = 0.1
+    qkv_bias: bool = False
+    tie_weights: bool = True
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
+        check_sizes("GPTConfig", **{name: getattr(self, name) for name in sizes})
+        check_divides("GPTConfig", n_heads=self.n_heads, emb_dim=self.emb_dim)
+        check_probability("GPTConfig", drop_rate=self.drop_rate)
+        for name in ("qkv_bias", "tie_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"GPTConfig: {name} is True or False, not {getattr(self, name)!r}")
+
+    @classmethod
+    def from_name(cls, name: str, **overrides) -> "GPTConfig":
+        """One of OpenAI's sizes, some values replaced by `overrides`.
+
+        gpt2 (124M), gpt2-medium (355M), gpt2-large (774M), gpt2-xl (1.6B). Raises ValueError.
+        """
+        if name not in SIZES:
+            raise ValueError(f"there is no size {name!r}; expected one of {', '.join(SIZES)}")
+        return cls.from_dict({**SIZES[name], "qkv_bias": True, **overrides})
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "GPTConfig":
+        """From a dictionary like the book's GPT_CONFIG_124M. Raises ValueError: unknown names."""
+        known = [field.name for field in fields(cls)]
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise ValueError(f"GPTConfig: unknown {unknown}; expected some of {', '.join(known)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        """Name -> value, as JSON can hold it."""
+        return asdict(self)
+
+    def num_parameters(self) -> int:
+        """How many numbers the model trains, from the shapes alone: nothing is allocated."""
+        V, C = self.vocab_size, self.emb_dim
+        norm = C + C
+        attention = C * 3 * C + (3 * C if self.qkv_bias else 0) + C * C + C  # qkv, out_proj
+        feed_forward = C * 4 * C + 4 * C + 4 * C * C + C  # up, down
+        block = norm + attention + norm + feed_forward
+        embeddings = V * C + self.context_length * C
+        head = 0 if self.tie_weights else V * C
+        return embeddings + self.n_layers * block + norm + head
+
+
+class GPT(Module):
+    """Token ids in, logits of the next token out.  ids (B, T) integers -> (B, T, V) float32
+
+    Radford et al., "Language Models are Unsupervised Multitask Learners", 2019 (GPT-2).
+    `generator` draws the weights and the dropout masks; default: random.default_generator. Weights
+    that are about to be loaded need not be drawn: `with nn.no_init(): model = GPT(cfg)`.
+    """
+
+    def __init__(self, cfg: GPTConfig, generator: Generator | None = None):
+        self.cfg = cfg
+        with no_init():  # init_weights draws them all
+            self.tok_emb = Embedding(cfg.vocab_size, cfg.emb_dim)
+            self.pos_emb = Embedding(cfg.context_length, cfg.emb_dim)
+            self.drop_emb = Dropout(cfg.drop_rate, generator)
+            self.blocks = ModuleList(
+                TransformerBlock(
+                    emb_dim=cfg.emb_dim,
+                    n_heads=cfg.n_heads,
+                    context_length=cfg.context_length,
+                    dropout=cfg.drop_rate,
+                    qkv_bias=cfg.qkv_bias,
+                    generator=generator,
+                )
+                for _ in range(cfg.n_layers)
+            )
+            self.final_norm = LayerNorm(cfg.emb_dim)
+            self.out_head = Linear(cfg.emb_dim, cfg.vocab_size, bias=False)
+        if cfg.tie_weights:
+            self.out_head.weight = self.tok_emb.weight
+        self.init_weights(generator)
+
+    def init_weights(self, generator: Generator | None = None) -> None:
+        """GPT-2's start: matrices N(0, 0.02), biases 0, gains 1.
+
+        Each block adds two terms to the residual stream. Independent terms add their variances, so
+        the matrices that write into it are scaled by 1/√(2 n_layers): its size does not grow with
+        depth. For PyTorch's start instead, as in the book, call every layer's reset_parameters.
+        """
+        writes_residual = ("att.out_proj.weight", "ff.down.weight")
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                constant_(parameter, 0.0)
+            elif parameter.ndim == 1:  # the gain of a norm
+                constant_(parameter, 1.0)
+            elif name.endswith(writes_residual):
+                normal_(parameter, 0.0, 0.02 / math.sqrt(2 * self.cfg.n_layers), generator)
+            else:
+                normal_(parameter, 0.0, 0.02, generator)
+
+    def forward(self, ids: Tensor | ArrayLike, cache: Any = None) -> Tensor:
+        """Logits of the token that follows each of the given ones.
+
+        ids     (B, T) integers, a Tensor or an array -> (B, T, V)
+        cache   None, or what earlier calls left: the ids then continue `cache.length` tokens, and
+                block i gets `cache.layers[i]`, which MultiHeadAttention describes
+        Raises ValueError for other shapes or more than context_length tokens, IndexError for ids
+        that are not in the vocabulary, TypeError for ids that are no integers.
+        """
+        past = 0 if cache is None else cache.length
+        ids = self._checked(ids, past)  # (B, T)
+        positions = np.arange(past, past + ids.shape[1])  # (T,)
+        x = self.tok_emb(ids) + self.pos_emb(positions)  # (B, T, C) + (T, C)
+        x = self.drop_emb(x)  # (B, T, C)
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache.layers[i])  # (B, T, C)
+        x = self.final_norm(x)  # (B, T, C)
+        return self.out_head(x)  # (B, T, V)
+
+    def loss(self, ids: Tensor | ArrayLike, targets: Tensor | ArrayLike) -> Tensor:
+        """Mean cross-entropy of the targets, a scalar in nats.
+
+        ids, targets    (B, T) integers; targets[b, t] follows ids[b, t], and -100 is not counted
+        """
+        logits = self(ids)  # (B, T, V)
+        return F.cross_entropy(logits, targets)  # ()
+
+    def num_parameters(self) -> int:
+        """How many numbers are trained, shared ones counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def _checked(self, ids, past):
+        """The ids as an array (B, T) that this model can take."""
+        ids = ids.data if isinstance(ids, Tensor) else np.asarray(ids)
+        if ids.ndim != 2 or ids.size == 0:
+            raise ValueError(
+                f"GPT: ids have shape {ids.shape}, expected (B, T) with B, T >= 1; "
+                "one sequence of tokens is ids[None]"
+            )
+        if ids.dtype.kind not in "iu":
+            raise TypeError(f"GPT: ids are integers, not {ids.dtype}; encode the text first")
+        longest = self.cfg.context_length
+        if past + ids.shape[1] > longest:
+            before = f"{past} earlier tokens and " if past else ""
+            raise ValueError(
+                f"GPT: {before}ids of shape {ids.shape} exceed context_length {longest}; "
+                f"keep the last {longest}"
+            )
+        vocab_size = self.cfg.vocab_size
+        if ids.min() < 0 or ids.max() >= vocab_size:
+            wrong = int(ids.min() if ids.min() < 0 else ids.max())
+            raise IndexError(
+                f"GPT: id {wrong} is not in 0..{vocab_size - 1}; use the tokenizer that fits "
+                f"vocab_size {vocab_size}"
+            )
+        return ids

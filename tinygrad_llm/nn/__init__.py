@@ -1,0 +1,41 @@
+"""Modules: parameters, layers and the transformer block. No calculus: that is in `ops/`."""
+
+from . import init
+from .attention import FeedForward, MultiHeadAttention, TransformerBlock
+from .init import no_init
+from .layers import (
+    GELU,
+    Dropout,
+    Embedding,
+    LayerNorm,
+    Linear,
+    ReLU,
+    RMSNorm,
+    Sigmoid,
+    SiLU,
+    Tanh,
+)
+from .module import Buffer, Module, ModuleList, Parameter, Sequential
+
+__all__ = [
+    "GELU",
+    "Buffer",
+    "Dropout",
+    "Embedding",
+    "FeedForward",
+    "LayerNorm",
+    "Linear",
+    "Module",
+    "ModuleList",
+    "MultiHeadAttention",
+    "Parameter",
+    "RMSNorm",
+    "ReLU",
+    "Sequential",
+    "SiLU",
+    "Sigmoid",
+    "Tanh",
+    "TransformerBlock",
+    "init",
+    "no_init",
+]

@@ -1,0 +1,51 @@
+"""How weights start: filled in place, from a generator of tinygrad_llm.random."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+from .. import random
+from ..tensor import Tensor
+
+
+class _Skipping(threading.local):
+    on = False
+
+
+_skipping = _Skipping()
+
+
+@contextlib.contextmanager
+def no_init() -> Iterator[None]:
+    """Layers made inside get zeros for weights: for a model that is about to be loaded.
+
+    Zeros cost nothing until they are written to, random numbers do.
+    """
+    before, _skipping.on = _skipping.on, True
+    try:
+        yield
+    finally:
+        _skipping.on = before
+
+
+def uniform_(
+    parameter: Tensor, low: float, high: float, generator: random.Generator | None = None
+) -> None:
+    """Uniform numbers in [low, high)."""
+    if not _skipping.on:
+        generator = generator or random.default_generator
+        parameter.data[...] = generator.uniform(low, high, parameter.shape)
+
+
+def normal_(
+    parameter: Tensor, mean: float, std: float, generator: random.Generator | None = None
+) -> None:
+    """Normal numbers."""
+    if not _skipping.on:
+        generator = generator or random.default_generator
+        parameter.data[...] = generator.normal(mean, std, parameter.shape)
+
+
+def constant_(parameter: Tensor, value: float) -> None:
+    """The same number everywhere."""
+    parameter.data[...] = value

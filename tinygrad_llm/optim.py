@@ -1,0 +1,311 @@
+"""Optimizers, gradient clipping and the learning-rate schedule: what happens after backward().
+
+An optimizer changes `parameter.data` in place. Its own arrays, in float32 or wider, are kept by
+position: a restart must list the parameters in the same order.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from .nn import Module
+from .tensor import Tensor
+
+_BLOCK = 1 << 16  # elements that are updated at a time: their arrays together fit the cache
+
+
+class Optimizer:
+    """Base class: groups of parameters, each with its own options; subclasses write `_update`.
+
+    params      Parameters, or dictionaries {"params": [...], option: value}, whose options replace
+                the defaults for these parameters
+    defaults    options such as lr, for whoever does not set their own
+
+    `param_groups` is the list of those dictionaries; a schedule sets group["lr"] before a step.
+    Raises ValueError for an option out of range, no parameters, or one that comes twice.
+    """
+
+    def __init__(self, params: Iterable, defaults: dict):
+        params = list(params)
+        groups = params if params and isinstance(params[0], dict) else [{"params": params}]
+        self.param_groups = [
+            {**defaults, **group, "params": _parameters(group["params"])} for group in groups
+        ]
+        everything = self._parameters()
+        if not everything:
+            raise ValueError(f"{type(self).__name__} has no parameters to train")
+        if len({id(p) for p in everything}) < len(everything):
+            raise ValueError(f"{type(self).__name__}: a parameter comes twice; list it once")
+        for group in self.param_groups:
+            self._check(group, set(defaults))
+        self.state = [{} for _ in everything]  # of each parameter: its arrays and number of steps
+
+    def zero_grad(self) -> None:
+        """Forgets all gradients: `.grad` becomes None."""
+        for parameter in self._parameters():
+            parameter.grad = None
+
+    def step(self) -> None:
+        """Moves every parameter that has a gradient; the others are left alone."""
+        states = iter(self.state)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = next(states)
+                if parameter.grad is not None:
+                    state["step"] = state.get("step", 0) + 1
+                    self._update(parameter.data, parameter.grad.data, state, group)
+
+    def state_dict(self) -> dict:
+        """What a restart needs: {"state": [...], "param_groups": [...]}.
+
+        state           of each parameter, in order: {"step": int, name: array, ...}; {} before its
+                        first step. The arrays are the optimizer's own, not copies.
+        param_groups    the options of each group; "params" are positions in that order
+        """
+        positions = iter(range(len(self.state)))
+        groups = [
+            {**group, "params": [next(positions) for _ in group["params"]]}
+            for group in self.param_groups
+        ]
+        return {"state": [dict(state) for state in self.state], "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Continues exactly where state_dict() was called: copies the arrays, takes the options.
+
+        Raises ValueError, before anything is changed, if groups, options or shapes differ.
+        """
+        states, groups = state_dict["state"], state_dict["param_groups"]
+        self._check_saved(states, groups)
+        self.state = [{**state, **{k: a.copy() for k, a in _arrays(state)}} for state in states]
+        for group, saved in zip(self.param_groups, groups, strict=True):
+            group.update({**saved, "params": group["params"]})
+
+    def _update(self, p, g, state, group):
+        """Changes the array p in place, given its gradient g; keeps its own arrays in `state`."""
+        raise NotImplementedError
+
+    def _check_saved(self, states, groups):
+        owner = f"{type(self).__name__}.load_state_dict"
+        saved, here = [
+            [(len(group["params"]), sorted(set(group) - {"params"})) for group in some]
+            for some in (groups, self.param_groups)
+        ]
+        if saved != here or len(states) != len(self.state):
+            raise ValueError(
+                f"{owner}: saved groups (parameters, options) {saved}, here {here}; "
+                "build the same optimizer first"
+            )
+        for i, (parameter, state) in enumerate(zip(self._parameters(), states, strict=True)):
+            for name, array in _arrays(state):
+                if array.shape != parameter.shape:
+                    raise ValueError(
+                        f"{owner}: {name} of parameter {i} has shape {array.shape}, "
+                        f"expected {parameter.shape}"
+                    )
+
+    def _parameters(self):
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _check(self, group, known):
+        unknown = set(group) - known - {"params"}
+        if unknown:
+            raise ValueError(f"{type(self).__name__}: unknown options {sorted(unknown)}")
+        for name in ("lr", "weight_decay"):
+            if not group[name] >= 0:
+                raise ValueError(f"{type(self).__name__}: {name} is 0 or more, not {group[name]!r}")
+
+
+class SGD(Optimizer):
+    """p ← p - lr v,  v ← momentum v + g,  with g + weight_decay p in place of g.
+
+    nesterov: p ← p - lr (g + momentum v), a look ahead along v.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+    ):
+        options = {"momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        super().__init__(params, {"lr": lr, **options})
+
+    def _update(self, p, g, state, group):
+        if group["weight_decay"]:
+            g = g + group["weight_decay"] * p
+        if group["momentum"]:
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = np.zeros_like(p)
+            v = state["momentum_buffer"]
+            v *= group["momentum"]
+            v += g
+            g = g + group["momentum"] * v if group["nesterov"] else v
+        p -= group["lr"] * g
+
+    def _check(self, group, known):
+        super()._check(group, known)
+        if not group["momentum"] >= 0:
+            raise ValueError(f"SGD: momentum is 0 or more, not {group['momentum']!r}")
+        if group["nesterov"] and not group["momentum"]:
+            raise ValueError("SGD: nesterov needs a momentum above 0")
+
+
+class AdamW(Optimizer):
+    """Steps of about lr in every coordinate, whatever the size of its gradient.
+
+    m ← β₁ m + (1 - β₁) g           running mean of the gradient
+    v ← β₂ v + (1 - β₂) g²          running mean of its square
+    p ← (1 - lr weight_decay) p - lr m̂ / (√v̂ + ε)
+    m̂ = m / (1 - β₁ᵗ) and v̂ = v / (1 - β₂ᵗ) at step t, since both means start at 0.
+
+    The decay is decoupled: it acts on p itself, and does not pass through the running means.
+    Kingma & Ba, "Adam", 2015; Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ):
+        options = {"betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {"lr": lr, **options})
+
+    def _update(self, p, g, state, group):
+        if "exp_avg" not in state:
+            state["exp_avg"] = np.zeros_like(p, _wide(p))
+            state["exp_avg_sq"] = np.zeros_like(p, _wide(p))
+        for arrays in _blocks(p, g, state["exp_avg"], state["exp_avg_sq"]):
+            _adamw(*arrays, state["step"], group)
+
+    def _check(self, group, known):
+        super()._check(group, known)
+        if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"AdamW: betas are two numbers in [0, 1), not {group['betas']!r}")
+        if not group["eps"] >= 0:
+            raise ValueError(f"AdamW: eps is 0 or more, not {group['eps']!r}")
+
+
+def _adamw(p, g, m, v, t, group):
+    """AdamW's lines on one block, in place, with a single temporary.
+
+    With c = √(1 - β₂ᵗ), the step lr m̂ / (√v̂ + ε) is (lr c / (1 - β₁ᵗ)) m / (√v + c ε): two passes
+    over the block instead of four.
+    """
+    lr, (beta1, beta2) = group["lr"], group["betas"]
+    c = math.sqrt(1 - beta2**t)
+    p *= 1 - lr * group["weight_decay"]
+    g = g.astype(m.dtype, copy=False)
+    work = g - m
+    work *= 1 - beta1
+    m += work  # β₁ m + (1 - β₁) g
+    np.multiply(g, g, out=work)
+    work *= 1 - beta2
+    v *= beta2
+    v += work
+    np.sqrt(v, out=work)
+    work += c * group["eps"]
+    np.divide(m, work, out=work)
+    work *= lr * c / (1 - beta1**t)
+    p -= work
+
+
+# --- before the step ------------------------------------------------------------------------------
+
+
+def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> float:
+    """Scales all gradients together, in place, so that their length is at most max_norm.
+
+    Returns the length before: √Σ g² over all elements of all gradients. If that is nan or infinite,
+    the gradients are left as they are, and the caller decides (skip the step, or stop).
+    Raises ValueError unless max_norm > 0. Pascanu, Mikolov & Bengio, 2013.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm is above 0, not {max_norm!r}")
+    gradients = [p.grad.data for p in _parameters(parameters) if p.grad is not None]
+    norm = math.sqrt(sum(_sum_of_squares(g) for g in gradients))
+    scale = max_norm / (norm + 1e-6)
+    if scale < 1 and math.isfinite(norm):
+        for g in gradients:
+            g *= scale
+    return norm
+
+
+def warmup_cosine(
+    step: int, total: int, warmup: int, peak: float, initial: float = 0.0, minimum: float = 0.0
+) -> float:
+    """The learning rate at a step: from `initial` in a line up to `peak`, then a half cosine down.
+
+    step 0 gives `initial`, step `warmup` gives `peak`, step `total` and beyond `minimum`.
+    Raises ValueError unless 0 <= warmup <= total and step >= 0. Loshchilov & Hutter, "SGDR", 2017.
+    """
+    if step < 0 or not 0 <= warmup <= total:
+        raise ValueError(
+            f"warmup_cosine: step {step}, warmup {warmup}, total {total}; "
+            "expected step >= 0 and 0 <= warmup <= total"
+        )
+    if step < warmup:
+        return initial + (peak - initial) * step / warmup
+    if step >= total:
+        return minimum
+    progress = (step - warmup) / (total - warmup)
+    return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def decay_groups(model: Module, weight_decay: float) -> list[dict]:
+    """The trainable parameters in groups for an optimizer: matrices decay, vectors do not.
+
+    Biases and the gains of norms have one axis. Pulling them to zero would not make the model any
+    smoother, it would only move its outputs.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim >= 2]
+    vectors = [p for p in trained if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+# --- arrays ---------------------------------------------------------------------------------------
+
+
+def _blocks(*arrays) -> Iterator[tuple]:
+    """Arrays of one shape in pieces of whole rows, about _BLOCK elements each: views."""
+    arrays = [np.atleast_1d(array) for array in arrays]
+    rows = max(1, _BLOCK * len(arrays[0]) // max(1, arrays[0].size))
+    for start in range(0, len(arrays[0]), rows):
+        yield tuple(array[start : start + rows] for array in arrays)
+
+
+def _sum_of_squares(g):
+    """Block by block in double precision: one float32 sum of millions would lose digits."""
+    flat = (block.astype(_wide(g), copy=False).reshape(-1) for (block,) in _blocks(g))
+    return sum(float(np.dot(block, block)) for block in flat)
+
+
+def _wide(array):
+    """float32, or the array's own dtype if that holds more."""
+    return np.result_type(array.dtype, np.float32)
+
+
+def _arrays(state):
+    """The (name, array) pairs in the state of a parameter."""
+    return [(name, value) for name, value in state.items() if isinstance(value, np.ndarray)]
+
+
+def _parameters(tensors):
+    """The tensors as a list. Raises TypeError for what is no Tensor."""
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"parameters are Tensors, not {type(tensor).__name__}; use model.parameters()"
+            )
+    return tensors
