@@ -113,16 +113,16 @@ class _ComplexNumPy:
 class Implementation:
     """How one op runs: forward(*arrays, **attributes) and vjp(g, y, *arrays, **attributes).
 
-    saves   forward returns (y, saved), and vjp takes `saved`
-    needs   vjp takes `needs`, a tuple that tells which gradients are wanted
-    accepts None, or a function of forward's arguments: whether the kernel can do this case
+    saves       forward returns (y, saved), and vjp takes `saved`
+    is_kernel   it keeps the rules of kernels/cpu/__init__.py: vjp takes `needs`, and so on
+    accepts     None, or a function of forward's arguments: whether the kernel can do this case
     """
 
-    __slots__ = ("accepts", "forward", "needs", "op", "saves", "vjp")
+    __slots__ = ("accepts", "forward", "is_kernel", "op", "saves", "vjp")
 
-    def __init__(self, op, forward, vjp, saves, needs=False, accepts=None):
+    def __init__(self, op, forward, vjp, saves, is_kernel=False, accepts=None):
         self.op, self.forward, self.vjp = op, forward, vjp
-        self.saves, self.needs, self.accepts = saves, needs, accepts
+        self.saves, self.is_kernel, self.accepts = saves, is_kernel, accepts
 
 
 class Reading(dict):

@@ -87,7 +87,7 @@ class _Point:
         """J u, by a complex step."""
         with backend.using(backend.COMPLEX), no_grad():
             stepped = [
-                (x + 1j * _H * u).view(backend.ComplexStep)
+                np.asarray(x + 1j * _H * u).view(backend.ComplexStep)
                 for x, u in zip(self.xs if xs is None else xs, us)
             ]
             return np.asarray(self._call(stepped).data).imag / _H

@@ -195,6 +195,13 @@ class Tensor:
         """As int64."""
         return self.to(np.int64)
 
+    def __deepcopy__(self, memo):
+        if not self.is_leaf:
+            raise RuntimeError("only a leaf can be copied deeply; use .detach() or .clone()")
+        copied = _fill(type(self).__new__(type(self)), self.data.copy(), self.requires_grad, None)
+        copied.grad = None if self.grad is None else Tensor(self.grad.data.copy())
+        return copied
+
     def clone(self):
         """A copy, connected to this Tensor in the graph."""
         return self + 0 if self.requires_grad else Tensor(self.data.copy())
@@ -436,7 +443,7 @@ def _walk(root, gradient, keep, only, create_graph, retain_graph):
     retain_graph = create_graph if retain_graph is None else retain_graph
     vjp = _vjp_on_the_tape if create_graph else _vjp
     arrived = {id(root): gradient}  # id -> gradient so far
-    owned = set()  # ids whose gradient was made here, so that it may be added to in place
+    owned = set()  # ids whose gradient nobody else holds, so that it may be added to in place
     queue = [(-root._age, root)]
     with contextlib.nullcontext() if create_graph else no_grad():
         while queue:
@@ -453,17 +460,27 @@ def _walk(root, gradient, keep, only, create_graph, retain_graph):
                 continue
             if node[1] is None:
                 raise RuntimeError(_freed(node[0].op))
+            fresh = node[0].is_kernel and not create_graph
             for x, g in zip(node[1], vjp(tensor, node, gradient, only)):
                 if g is None or not isinstance(x, Tensor) or not x.requires_grad:
                     continue
                 j = id(x)
                 if only is not None and j not in only[1]:
                     continue
+                if j not in arrived:
+                    heapq.heappush(queue, (-x._age, x))
+                if fresh and callable(g):
+                    if j not in owned:
+                        arrived[j] = _own(arrived.get(j), x.data)
+                        owned.add(j)
+                    g(arrived[j])
+                    continue
                 if g.shape != x.data.shape or g.dtype != x.data.dtype:
                     g = _fit(g, x)
                 if j not in arrived:
-                    arrived[j] = g  # borrowed: it may be another's array, or a view of one
-                    heapq.heappush(queue, (-x._age, x))
+                    arrived[j] = g
+                    if fresh:
+                        owned.add(j)  # otherwise it is borrowed: perhaps a view of another's array
                 elif j in owned:
                     arrived[j] += g
                 else:
@@ -472,6 +489,11 @@ def _walk(root, gradient, keep, only, create_graph, retain_graph):
                         owned.add(j)
             if not retain_graph:
                 tensor._node = node[0], None, None, None
+
+
+def _own(gradient, data):
+    """A gradient that may be added to in place: a copy of the one so far, or zeros."""
+    return np.zeros(data.shape, data.dtype) if gradient is None else np.array(gradient)
 
 
 def _seed(root, gradient, create_graph):
@@ -505,7 +527,7 @@ def _vjp(tensor, node, gradient, only):
     arrays = [x.data if isinstance(x, Tensor) else x for x in inputs]
     if implementation.saves:
         attributes = {**attributes, "saved": saved}
-    if implementation.needs:
+    if implementation.is_kernel:  # which always saves: attributes are a copy here
         attributes["needs"] = tuple(
             isinstance(x, Tensor) and x.requires_grad and (only is None or id(x) in only[1])
             for x in inputs

@@ -25,8 +25,8 @@ class gelu_tanh:
             ti *= xi
             np.tanh(ti, out=ti)
             np.add(ti, 1, out=yi)
-            yi *= xi
             yi *= 0.5
+            yi *= xi
         return y.reshape(x.shape), t
 
     @staticmethod
@@ -48,3 +48,7 @@ class gelu_tanh:
             d *= 0.5
             d *= g_[i]
         return (x_bar.reshape(x.shape),)
+
+    @staticmethod
+    def accepts(x):
+        return x.dtype.kind == "f"

@@ -25,9 +25,10 @@ class layer_norm:
         u = g * w
         mean_u, mean_ux = mean_last(u), mean_product(u, x_hat)
         u -= mean_u
-        u -= x_hat * mean_ux
+        buffer = x_hat * mean_ux
+        u -= buffer
         u *= r
-        w_bar = sum_rows(g * x_hat) if needs[1] else None
+        w_bar = sum_rows(np.multiply(g, x_hat, out=buffer)) if needs[1] else None
         return u, w_bar, sum_rows(g) if needs[2] else None
 
     @staticmethod

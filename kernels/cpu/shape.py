@@ -2,9 +2,24 @@
 
 import numpy as np
 
-KERNELS = ("embedding", "scatter_add", "gather", "scatter")
+KERNELS = ("getitem", "embedding", "scatter_add", "gather", "scatter")
 
 _LONG_ROW = 32  # from this length on, adding row by row in Python beats np.add.at
+
+
+class getitem:
+    """y = x[key], key made of integers, slices, None and ...."""
+
+    @staticmethod
+    def forward(x, *, key):
+        return x[key], None
+
+    @staticmethod
+    def vjp(g, y, x, *, key, saved, needs):
+        def add_to(total):
+            total[key] += g
+
+        return (add_to,)
 
 
 class embedding:
@@ -16,7 +31,7 @@ class embedding:
 
     @staticmethod
     def vjp(g, y, w, t, *, saved, needs):
-        return _add_rows(g, t, w.shape[0]), None
+        return lambda total: _add_rows(total, g, t), None
 
 
 class scatter_add:
@@ -24,7 +39,9 @@ class scatter_add:
 
     @staticmethod
     def forward(x, t, *, rows):
-        return _add_rows(x, t, rows), None
+        y = np.zeros((rows, x.shape[-1]), x.dtype)
+        _add_rows(y, x, t)
+        return y, None
 
     @staticmethod
     def vjp(g, y, x, t, *, rows, saved, needs):
@@ -63,16 +80,15 @@ class scatter:
         return x.shape == t.shape
 
 
-def _add_rows(x, t, rows):
-    """Row t_i of the result gets x_i added: (..., c), (...) -> (rows, c)."""
+def _add_rows(y, x, t):
+    """Adds x_i to row t_i of y, in place: y (rows, c), x (..., c), t (...)."""
     c = x.shape[-1]
-    y, x, t = np.zeros((rows, c), x.dtype), x.reshape(t.size, c), t.reshape(-1)
+    x, t = x.reshape(t.size, c), t.reshape(-1)
     if c < _LONG_ROW:
         np.add.at(y, t, x)
     else:
         for i, row in zip(t.tolist(), x):
             y[i] += row
-    return y
 
 
 def _add_along_last(x, t, size):

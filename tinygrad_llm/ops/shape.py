@@ -236,7 +236,7 @@ class gather:
 
     def forward(xp, x, t):
         H = xp.expand_dims(t, axis=-1) == xp.arange(x.shape[-1])  # (..., m, n)
-        return xp.sum(xp.where(H, xp.expand_dims(x, axis=-2), 0.0), axis=-1)
+        return xp.sum(xp.where(H, xp.expand_dims(x, axis=-2), 0), axis=-1)
 
     def vjp(xp, g, y, x, t):
         return xp.scatter(g, t, size=x.shape[-1]), None
@@ -250,7 +250,7 @@ class scatter:
 
     def forward(xp, x, t, *, size):
         H = xp.expand_dims(t, axis=-1) == xp.arange(size)  # (..., m, n)
-        return xp.sum(xp.where(H, xp.expand_dims(x, axis=-1), 0.0), axis=-2)
+        return xp.sum(xp.where(H, xp.expand_dims(x, axis=-1), 0), axis=-2)
 
     def vjp(xp, g, y, x, t, *, size):
         return xp.gather(g, t), None
