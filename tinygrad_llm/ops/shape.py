@@ -167,7 +167,7 @@ class concat:
         pieces, start = [], 0
         for x in xs:
             stop = start + x.shape[axis]
-            pieces.append(g[(slice(None),) * axis + (slice(start, stop),)])
+            pieces.append(g[(slice(None),) * axis + (slice(start, stop), ...)])
             start = stop
         return tuple(pieces)
 
@@ -184,7 +184,7 @@ class stack:
 
     def vjp(xp, g, y, *xs, axis=0):
         axis = axis % len(y.shape)
-        return tuple(g[(slice(None),) * axis + (i,)] for i in range(len(xs)))
+        return tuple(g[(slice(None),) * axis + (i, ...)] for i in range(len(xs)))
 
     def sample(rng):
         shape = _shape(rng, 2)
