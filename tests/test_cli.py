@@ -1,0 +1,412 @@
+"""The command as users run it: real processes, real runs, interruptions, every wrong input."""
+
+import os
+import pty
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from tinygrad_llm.checkpoint import load_model, load_training_state
+
+COMMAND = [sys.executable, "-m", "tinygrad_llm"]
+# One thread: processes that run at the same time do not slow each other down.
+ENVIRONMENT = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "COLUMNS": "200"}
+TINY = shlex.split("--layers 1 --heads 2 --dim 16 --context 16 --batch-size 4 --vocab-size 300")
+STEPS = ["--steps", "24"]
+RESULTS = {
+    "config.json",
+    "loss.png",
+    "merges.txt",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokens.npy",
+    "training_state.safetensors",
+    "vocab.json",
+}
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and terminals")
+
+
+def run(*arguments, cwd=None, **options):
+    """Runs the command to its end; the result has returncode, stdout and stderr."""
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        **options,
+    )
+
+
+def start(*arguments, cwd=None):
+    return subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+
+
+def wait_for(process, text):
+    """Reads its lines until one begins with `text`."""
+    for line in process.stdout:
+        if line.startswith(text):
+            return
+    pytest.fail(f"the process ended without {text!r}: {process.stderr.read()}")
+
+
+def files_of(directory):
+    return {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.is_file()}
+
+
+def losses_of(directory):
+    trainer = load_training_state(directory)["trainer"]
+    return trainer["losses"].tolist(), trainer["evaluations"].tolist()
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    """A text with characters of one to four bytes."""
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text("Größe 日本語 🙂🙃 naïve café; to be or not to be.\n" * 120, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, text_file):
+    """A finished run on the text file, and what it printed."""
+    directory = tmp_path_factory.mktemp("trained") / "run"
+    done = run("train", "--data", text_file, "--out", directory, *TINY, *STEPS)
+    assert done.returncode == 0, done.stderr
+    return directory, done
+
+
+# --- train ----------------------------------------------------------------------------------------
+
+
+def test_without_arguments_it_trains_on_the_embedded_text(tmp_path):
+    done = run("train", *TINY, *STEPS, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    directory = tmp_path / "runs" / "1"
+    assert set(files_of(directory)) == RESULTS
+    for part in ("step 24/24", "validation", "tokens/s", "left", "runs/1/loss.png"):
+        assert part in done.stdout
+    assert done.stdout.count(" it writes:\n") == 4
+    command = re.search("try next: tinygrad-llm (.*)", done.stdout)[1]
+    again = run(*shlex.split(command), "--max-tokens", 3, cwd=tmp_path)
+    assert again.returncode == 0 and again.stdout.startswith('The "assert" statement')
+
+    second = run("train", *TINY, "--steps", 1, "--quiet", cwd=tmp_path)
+    assert (second.stdout, second.stderr) == ("runs/2\n", "")
+    assert set(files_of(tmp_path / "runs" / "2")) == RESULTS
+
+
+def test_the_loss_falls_on_real_text(tmp_path):
+    folder = os.environ.get("TINYGRAD_LLM_DATA")
+    if folder is None:
+        pytest.skip("TINYGRAD_LLM_DATA does not name the folder with the-verdict.txt")
+    text = Path(folder).resolve() / "the-verdict.txt"
+    small = ["--layers", 2, "--heads", 2, "--dim", 32, "--context", 32, "--vocab-size", 400]
+    done = run("train", "--data", text, *small, "--steps", 150, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    _, evaluations = losses_of(tmp_path / "runs" / "1")
+    assert evaluations[0][1] == pytest.approx(np.log(400), abs=0.1)
+    assert evaluations[-1][1] < 5
+    assert "after step 150 it writes:\n\n    I HAD always thought Jack" in done.stdout
+
+
+def test_several_files_and_the_same_seed(tmp_path, text_file):
+    other = tmp_path / "other.txt"
+    other.write_text("Another text, quite short.\n" * 40)
+    options = ["--data", text_file, other, *TINY, "--steps", "5", "--quiet"]
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert run("train", *options, "--seed", seed, "--out", tmp_path / name).returncode == 0
+    a, b, c = (files_of(tmp_path / name)["model.safetensors"] for name in "abc")
+    assert a == b != c
+    tokens = np.load(tmp_path / "a" / "tokens.npy")
+    end_of_text = 299
+    assert (tokens == end_of_text).sum() == 1  # between the two files
+
+
+def test_the_live_bar_on_a_terminal(tmp_path, text_file):
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, "train", "--data", str(text_file), *TINY, *STEPS],
+        cwd=tmp_path,
+        env={**ENVIRONMENT, "TERM": "xterm"},
+        stdout=end,
+        stderr=end,
+    )
+    os.close(end)
+    shown = b""
+    while process.poll() is None or shown[-1:] != b"":
+        try:
+            shown += (piece := os.read(terminal, 65536))
+        except OSError:  # the process has closed its side
+            break
+        if not piece:
+            break
+    assert process.wait() == 0
+    for part in ("vocabulary", "training", "step 24/24", "tokens/s", "0:00 left", "━"):
+        assert part.encode() in shown
+
+
+# --- stopping and going on ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, text_file):
+    """A run of 120 steps without an interruption."""
+    directory = tmp_path_factory.mktemp("straight") / "run"
+    done = run("train", "--data", text_file, "--out", directory, *TINY, "--steps", 120)
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+def assert_same_run(a, b):
+    assert losses_of(a) == losses_of(b)
+    a, b = files_of(a), files_of(b)
+    assert set(a) == set(b) == RESULTS
+    assert a["model.safetensors"] == b["model.safetensors"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
+    tmp_path, text_file, straight, number
+):
+    options = ["--data", text_file, *TINY, "--steps", 120, "--out", "stopped"]
+    process = start("train", *options, cwd=tmp_path)
+    wait_for(process, "step 10/120")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    step = load_training_state(tmp_path / "stopped")["trainer"]["step"]
+    assert 10 <= step < 120
+    said = f"stopped after {step} steps and saved; go on with: tinygrad-llm (.*)\n"
+    command = re.fullmatch(said, errors)[1]
+    assert command == "train --out stopped --resume"
+
+    resumed = run(*shlex.split(command), cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(tmp_path / "stopped", straight)
+
+
+def test_a_killed_run_leaves_a_checkpoint_that_goes_on(tmp_path, text_file, straight):
+    options = ["--data", text_file, *TINY, "--steps", 120, "--out", "killed"]
+    process = start("train", *options, cwd=tmp_path)
+    wait_for(process, "step 20/120")
+    process.kill()
+    process.communicate()
+    directory = tmp_path / "killed"
+    load_model(directory)
+    assert load_training_state(directory)["trainer"]["step"] >= 10
+    assert run("generate", "--model", directory, "to", "--max-tokens", 2).returncode == 0
+
+    resumed = run("train", "--out", directory, "--resume")
+    assert resumed.returncode == 0 and "step 120/120" in resumed.stdout
+    for half_written in directory.glob(".*.tmp"):  # what the kill may have left
+        half_written.unlink()
+    assert_same_run(directory, straight)
+
+
+def test_more_steps_for_a_finished_run(tmp_path, trained):
+    directory, _ = trained
+    before = losses_of(directory)
+    again = run("train", "--out", directory, "--resume")
+    assert_refused(again, "has done its 24 steps: raise --steps")
+    fewer = run("train", "--out", directory, "--resume", "--steps", 23)
+    assert_refused(fewer, "--steps 23 is less than the 24")
+    other = run("train", "--out", directory, "--resume", "--steps", 26, "--lr", 1, "--dim", 16)
+    assert_refused(other, "--lr 1.0 does not fit", "started with 0.003: leave --lr out")
+    data = run("train", "--out", directory, "--resume", "--steps", 26, "--data", "x.txt")
+    assert_refused(data, "x.txt does not fit")
+    assert losses_of(directory) == before
+    more = run("train", "--out", directory, "--resume", "--steps", 26, "--quiet")
+    assert (more.returncode, more.stdout, more.stderr) == (0, f"{directory}\n", "")
+    losses, _ = losses_of(directory)
+    assert len(losses) == 26 and losses[:24] == before[0]
+
+
+# --- generate -------------------------------------------------------------------------------------
+
+
+def test_generate_repeats_with_a_seed_and_is_new_without(trained):
+    directory, _ = trained
+    options = ["generate", "--model", directory, "to be", "--max-tokens", 30, "--temperature", 1.5]
+    first, same = (run(*options, "--seed", 7).stdout for _ in range(2))
+    assert first == same and first.startswith("to be")
+    assert len({first, run(*options).stdout, run(*options).stdout}) == 3
+    greedy = {run(*options[:-1], 0).stdout for _ in range(2)}
+    assert len(greedy) == 1
+
+
+def test_tokens_come_as_whole_characters(trained):
+    directory, _ = trained
+    process = subprocess.Popen(
+        [*COMMAND, "generate", "--model", directory, "日本", "--temperature", "9", "--seed", "1"],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+    )
+    pieces = list(iter(lambda: os.read(process.stdout.fileno(), 65536), b""))
+    assert process.wait() == 0
+    assert len(pieces) > 10  # they did not come all at once
+    assert "".join(piece.decode("utf-8") for piece in pieces).startswith("日本")
+
+
+def test_a_pipe_that_is_closed_early(trained):
+    directory, _ = trained
+    process = start("generate", "--model", directory, "to", "--max-tokens", 300)
+    process.stdout.read(1)
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    process.wait()
+
+
+# --- what is wrong is said in one line ------------------------------------------------------------
+
+
+def assert_refused(done, *parts):
+    """Exit code 2 and one line on stderr with all the parts in it."""
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert done.stderr.startswith("tinygrad-llm: ") and done.stderr.count("\n") == 1, done.stderr
+    assert "Traceback" not in done.stdout
+    for part in parts:
+        assert part in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("--data missing.txt", ["missing.txt does not exist", "check the path"]),
+        ("--data empty.txt", ["empty.txt is empty"]),
+        ("--data short.txt", ["one window needs 129", "use a longer text"]),
+        ("--data latin1.txt", ["latin1.txt is not UTF-8 at byte offset 2", "convert it"]),
+        ("--data .", ["is a directory"]),
+        ("--vocab-size 256", ["vocab_size must be at least 257", "got 256"]),
+        ("--vocab-size -1", ["vocab_size is a positive integer, not -1"]),
+        ("--heads 3", ["--heads 3 does not divide --dim 128"]),
+        ("--steps 0", ["--steps", "1"]),
+        ("--batch-size -4", ["--batch-size", "1"]),
+        ("--seed -1", ["--seed", "0"]),
+        ("--lr 0", ["lr must be above 0, got 0"]),
+        ("--lr nan", ["lr must be above 0, got nan"]),
+        ("--lr fast", ["--lr", "number"]),
+        ("--speed 3", ["--speed", "train --help"]),
+        ("--resume", ["--resume needs --out DIR"]),
+        ("--resume --out none", ["none is no directory"]),
+        ("--resume --out .", ["has no training_state.safetensors"]),
+        ("--out short.txt", ["short.txt is a file"]),
+        ("--out short.txt/below", ["short.txt is a file"]),
+        ("--out other-model", ["has a config.json, which would be lost"]),
+        ("--out /proc/none", ["/proc/none"]),
+    ],
+)
+def test_training_refuses(tmp_path, arguments, parts):
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "latin1.txt").write_bytes("Größe".encode("latin-1"))
+    (tmp_path / "other-model").mkdir()
+    (tmp_path / "other-model" / "config.json").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    done = run("train", *shlex.split(arguments), cwd=tmp_path)
+    assert_refused(done, *parts)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "other-model" / "config.json").read_text() == "mine"
+
+
+def test_an_existing_run_is_not_overwritten(trained, text_file):
+    directory, _ = trained
+    before = files_of(directory)
+    done = run("train", "--data", text_file, "--out", directory, *TINY, *STEPS)
+    assert_refused(done, "already holds a training run: add --resume")
+    assert files_of(directory) == before
+
+
+def test_a_read_only_directory(tmp_path, text_file):
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o500)
+    if os.access(folder, os.W_OK):
+        pytest.skip("this user may write everywhere")
+    done = run("train", "--data", text_file, "--out", folder / "run", *TINY)
+    assert_refused(done, "locked is read-only")
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(tmp_path, text_file):
+    directory = tmp_path / "run"
+    done = run("train", "--data", text_file, "--out", directory, *TINY, *STEPS, "--lr", "1e30")
+    assert_refused(done, "nan or infinite", "learning rate", "what was saved is kept")
+    weights = load_model(directory).state_dict().values()
+    assert all(np.isfinite(array).all() for array in weights)
+    assert np.isfinite(losses_of(directory)[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("--model none x", ["none does not exist"]),
+        ("--model . x", ["has no config.json"]),
+        ("--model RUN ''", ["the prompt is empty"]),
+        ("--model RUN x --temperature -1", ["temperature must be 0 or more, got -1"]),
+        ("--model RUN x --top-k 0", ["--top-k"]),
+        ("--model RUN x --max-tokens -5", ["--max-tokens"]),
+        ("--model RUN", ["prompt"]),
+        ("x", ["--model"]),
+        ("--model RUN x --loud", ["--loud", "generate --help"]),
+    ],
+)
+def test_generating_refuses(tmp_path, trained, arguments, parts):
+    directory, _ = trained
+    arguments = [str(directory) if a == "RUN" else a for a in shlex.split(arguments)]
+    assert_refused(run("generate", *arguments, cwd=tmp_path), *parts)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "vocab.json", "config.json"])
+def test_generating_from_damaged_files(tmp_path, trained, name):
+    directory, _ = trained
+    for file, content in files_of(directory).items():
+        (tmp_path / file).write_bytes(content[: len(content) // 2] if file == name else content)
+    assert_refused(run("generate", "--model", tmp_path, "x"), name)
+
+
+@pytest.mark.parametrize("name", ["training_state.safetensors", "tokens.npy", "merges.txt"])
+def test_resuming_from_damaged_files(tmp_path, trained, name):
+    directory, _ = trained
+    for file, content in files_of(directory).items():
+        (tmp_path / file).write_bytes(content[: len(content) // 2] if file == name else content)
+    before = files_of(tmp_path)
+    done = run("train", "--out", tmp_path, "--resume", "--steps", 99)
+    assert_refused(done, name)
+    assert files_of(tmp_path) == before
+
+
+def test_weights_that_are_no_numbers(tmp_path, trained):
+    directory, _ = trained
+    for file, content in files_of(directory).items():
+        (tmp_path / file).write_bytes(content)
+    path = tmp_path / "model.safetensors"
+    tensors = dict(safetensors.numpy.load_file(path))
+    tensors["transformer.ln_f.weight"] = np.full_like(tensors["transformer.ln_f.weight"], np.inf)
+    safetensors.numpy.save_file(tensors, path)
+    assert_refused(run("generate", "--model", tmp_path, "x"), "nan or infinite")
+
+
+def test_help_explains_every_option():
+    text = run("train", "--help").stdout
+    options = "data out steps batch-size context layers heads dim lr seed vocab-size resume quiet"
+    for option in options.split():
+        assert re.search(rf"--{option}\b.*\w+ \w+", text), option
+    assert run().stdout == run("--help").stdout != ""
+    assert_refused(run("dance"), "dance", "--help")

@@ -1,0 +1,276 @@
+"""Training a GPT: the loop, the validation loss, and a state from which it goes on bit for bit.
+
+`Trainer.training_step` is all of it in ten lines; the rest is measuring, checking and remembering.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from . import random
+from .data import RandomBatches, Windows
+from .data.files import atomic_write
+from .generate import evaluating
+from .gpt import GPT, GPTConfig
+from .nn import no_init
+from .optim import AdamW, clip_grad_norm_, decay_groups, warmup_cosine
+
+STATE_VERSION = 1  # of Trainer.state_dict
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train. Raises ValueError for a number out of range.
+
+    steps           updates of the weights, in all
+    batch_size      windows of text in one step
+    context         tokens in one window
+    lr              learning rate at its highest
+    min_lr          learning rate at the end of the cosine
+    warmup_steps    steps in which the learning rate rises to its highest
+    weight_decay    pull of the matrices towards zero (AdamW)
+    grad_clip       greatest length of the gradient, all parameters together
+    eval_interval   steps from one validation loss to the next
+    eval_batches    batches of validation text, at most, for one validation loss
+    seed            of the order in which windows are drawn
+    """
+
+    steps: int
+    batch_size: int
+    context: int
+    lr: float = 1e-3
+    min_lr: float = 1e-4
+    warmup_steps: int = 0
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    eval_interval: int = 100
+    eval_batches: int = 10
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "context", "eval_interval", "eval_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "grad_clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("min_lr", "weight_decay", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise ValueError(
+                f"warmup_steps must be 0 to steps ({self.steps}), got {self.warmup_steps}"
+            )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known after a step: losses are means per token in nats, None where not computed."""
+
+    step: int
+    loss: float | None
+    val_loss: float | None
+
+
+class Trainer:
+    """Trains `model` on windows drawn from `train_tokens` (N,), validates on `val_tokens` (M,).
+
+    `step` counts the updates done. `losses` has the training loss of each, `evaluations` the pairs
+    (step, validation loss).
+    Raises ValueError if the context is longer than the model's or a text shorter than one window,
+    IndexError for token ids that the model does not have.
+    """
+
+    def __init__(
+        self, model: GPT, train_tokens: ArrayLike, val_tokens: ArrayLike, settings: TrainSettings
+    ):
+        _check_fit(model, settings, train_tokens, val_tokens)
+        self.model, self.settings, self.val_tokens = model, settings, val_tokens
+        self.windows = random.Generator(settings.seed)
+        self.dropout = model.drop_emb.generator or random.default_generator
+        self.batches = RandomBatches(
+            train_tokens, settings.batch_size, settings.context, self.windows
+        )
+        groups = decay_groups(model, settings.weight_decay)
+        self.optimizer = AdamW(groups, lr=settings.lr, betas=(0.9, 0.99))
+        self.step = 0
+        self.losses: list[float] = []
+        self.evaluations: list[tuple[int, float]] = []
+
+    def run(self) -> Iterator[Report]:
+        """Trains on to settings.steps and yields a Report after each step, and before the first.
+
+        Between two reports all is in order: the caller may save the state, or leave the loop.
+        Raises FloatingPointError for a loss or gradient that is nan or infinite, before the update.
+        """
+        if not self.evaluations:
+            yield Report(0, None, self._validate())
+        while self.step < self.settings.steps:
+            loss = self.training_step()
+            last = self.step == self.settings.steps
+            due = last or self.step % self.settings.eval_interval == 0
+            yield Report(self.step, loss, self._validate() if due else None)
+
+    def training_step(self) -> float:
+        """One update of the weights; returns the loss before it."""
+        ids, targets = next(self.batches)  # each (B, T)
+        with np.errstate(all="ignore"):  # nan and infinity are looked for below
+            loss = self.model.loss(ids, targets)
+            self.optimizer.zero_grad()
+            loss.backward()
+            norm = clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
+        self._check_finite(loss.item(), norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        self.optimizer.step()
+        self.step += 1
+        self.losses.append(loss.item())
+        return loss.item()
+
+    def learning_rate(self) -> float:
+        """The learning rate of the next step."""
+        s = self.settings
+        return warmup_cosine(self.step + 1, s.steps, s.warmup_steps, s.lr, minimum=s.min_lr)
+
+    def _validate(self) -> float:
+        s = self.settings
+        with np.errstate(all="ignore"):
+            loss = evaluate(self.model, self.val_tokens, s.context, s.batch_size, s.eval_batches)
+        self._check_finite(loss)
+        self.evaluations.append((self.step, loss))
+        return loss
+
+    def _check_finite(self, *numbers: float) -> None:
+        if not all(map(math.isfinite, numbers)):
+            raise FloatingPointError(
+                f"the loss or its gradient is nan or infinite after {self.step} steps: start again "
+                f"with lr, the learning rate, below {self.settings.lr:g}; what was saved is kept"
+            )
+
+    # --- saving and going on ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on exactly, the model included: what save_training_state takes.
+
+        The arrays are the model's and optimizer's own: save or copy them before the next step.
+        """
+        return {
+            "version": STATE_VERSION,
+            "config": self.model.cfg.to_dict(),
+            "n_tokens": len(self.batches.tokens),
+            "settings": asdict(self.settings),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "windows": self.windows.get_state(),
+            "dropout": self.dropout.get_state(),
+            "losses": np.array(self.losses, np.float64),
+            "evaluations": np.array(self.evaluations, np.float64).reshape(-1, 2),
+        }
+
+    @classmethod
+    def resume(
+        cls,
+        state: dict[str, Any],
+        train_tokens: ArrayLike,
+        val_tokens: ArrayLike,
+        steps: int | None = None,
+    ) -> "Trainer":
+        """The trainer whose state_dict() this was, to be given the same tokens.
+
+        With more `steps` it goes on for longer, on the learning rates of the longer schedule; with
+        as many, every number is what it would have been without the interruption.
+        Raises ValueError for fewer steps than before, other tokens, or a state that does not fit.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise ValueError("this training state is of another version of the library")
+        settings = TrainSettings(**state["settings"])
+        steps = settings.steps if steps is None else steps
+        if steps < settings.steps:
+            raise ValueError(
+                f"steps is {steps}, but it was {settings.steps}: it can only be raised"
+            )
+        if len(train_tokens) != state["n_tokens"]:
+            raise ValueError(
+                f"this run was trained on {state['n_tokens']} tokens, not on {len(train_tokens)}: "
+                "give it the same ones to go on"
+            )
+        with no_init():
+            model = GPT(GPTConfig.from_dict(state["config"]))
+        trainer = cls(model, train_tokens, val_tokens, replace(settings, steps=steps))
+        model.load_state_dict(state["model"])
+        trainer.optimizer.load_state_dict(state["optimizer"])
+        trainer.windows.set_state(state["windows"])
+        trainer.dropout.set_state(state["dropout"])
+        trainer.step = state["step"]
+        trainer.losses = state["losses"].tolist()
+        trainer.evaluations = [(int(step), loss) for step, loss in state["evaluations"].tolist()]
+        return trainer
+
+
+def evaluate(
+    model: GPT,
+    tokens: ArrayLike,
+    context: int,
+    batch_size: int,
+    max_batches: int | None = None,
+) -> float:
+    """Mean loss per token, in nats, over windows of `tokens` (N,) that do not overlap.
+
+    With max_batches, over that many batches of windows spread evenly: the same ones every time.
+    Without dropout and gradients; the model's mode is as before afterwards.
+    Raises ValueError for a text shorter than one window.
+    """
+    windows = Windows(tokens, context, stride=context)
+    count = len(windows) if max_batches is None else min(len(windows), max_batches * batch_size)
+    chosen = np.arange(count) * len(windows) // count
+    total = 0.0
+    with evaluating(model):
+        for start in range(0, count, batch_size):
+            ids, targets = windows.batch(chosen[start : start + batch_size])  # each (B, T)
+            total += model.loss(ids, targets).item() * len(ids)
+    return total / count
+
+
+def plot_losses(
+    path: str | Path, losses: Sequence[float], evaluations: Sequence[tuple[int, float]]
+) -> None:
+    """Draws training and validation loss against the step into a PNG file.
+
+    losses          training loss of step 1, 2, ...
+    evaluations     pairs (step, validation loss)
+    """
+    from matplotlib.figure import Figure  # slow to import, and only needed here
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(range(1, len(losses) + 1), losses, color="0.75", linewidth=1, label="training")
+    steps, values = zip(*evaluations, strict=True)
+    axes.plot(steps, values, marker="o", markersize=3, label="validation")
+    axes.set(xlabel="step", ylabel="loss per token (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def _check_fit(model: GPT, settings: TrainSettings, *texts: ArrayLike) -> None:
+    if settings.context > model.cfg.context_length:
+        raise ValueError(
+            f"context {settings.context} is longer than the model's context_length "
+            f"{model.cfg.context_length}: use a shorter one"
+        )
+    for tokens in texts:
+        Windows(tokens, settings.context, stride=settings.context)  # raises if there is none
+        smallest, largest = int(np.min(tokens)), int(np.max(tokens))
+        if smallest < 0 or largest >= model.cfg.vocab_size:
+            wrong = smallest if smallest < 0 else largest
+            raise IndexError(
+                f"token id {wrong} is not in the model's vocabulary of {model.cfg.vocab_size}: "
+                "encode the text with the tokenizer that belongs to the model"
+            )
