@@ -21,6 +21,7 @@ setup(
         "numpy>=2.1",
         "tiktoken>=0.7",
         "regex",
+        "threadpoolctl>=3",
         "safetensors>=0.4",
         "typer>=0.12",
         "rich>=13",

@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from .generate import evaluating
 from .gpt import GPT, GPTConfig
 from .nn import no_init
 from .optim import AdamW, clip_grad_norm_, decay_groups, warmup_cosine
+from .parallel import Shards, default_threads
 
 STATE_VERSION = 1  # of Trainer.state_dict
 
@@ -38,6 +39,7 @@ class TrainSettings:
     eval_interval   steps from one validation loss to the next
     eval_batches    batches of validation text, at most, for one validation loss
     seed            of the order in which windows are drawn
+    threads         that share out the rows of a batch; the same number repeats a run bit for bit
     """
 
     steps: int
@@ -51,9 +53,17 @@ class TrainSettings:
     eval_interval: int = 100
     eval_batches: int = 10
     seed: int = 0
+    threads: int = field(default_factory=default_threads)
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "context", "eval_interval", "eval_batches"):
+        for name in (
+            "steps",
+            "batch_size",
+            "context",
+            "eval_interval",
+            "eval_batches",
+            "threads",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "grad_clip"):
@@ -98,6 +108,7 @@ class Trainer:
         )
         groups = decay_groups(model, settings.weight_decay)
         self.optimizer = AdamW(groups, lr=settings.lr, betas=(0.9, 0.99))
+        self.shards = Shards(settings.threads)
         self.step = 0
         self.losses: list[float] = []
         self.evaluations: list[tuple[int, float]] = []
@@ -120,17 +131,15 @@ class Trainer:
         """One update of the weights; returns the loss before it."""
         ids, targets = next(self.batches)  # each (B, T)
         with np.errstate(all="ignore"):  # nan and infinity are looked for below
-            loss = self.model.loss(ids, targets)
-            self.optimizer.zero_grad()
-            loss.backward()
+            loss = self.shards.backward(self.model, ids, targets)
             norm = clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
-        self._check_finite(loss.item(), norm)
+        self._check_finite(loss, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         self.optimizer.step()
         self.step += 1
-        self.losses.append(loss.item())
-        return loss.item()
+        self.losses.append(loss)
+        return loss
 
     def learning_rate(self) -> float:
         """The learning rate of the next step."""
@@ -140,7 +149,9 @@ class Trainer:
     def _validate(self) -> float:
         s = self.settings
         with np.errstate(all="ignore"):
-            loss = evaluate(self.model, self.val_tokens, s.context, s.batch_size, s.eval_batches)
+            loss = evaluate(
+                self.model, self.val_tokens, s.context, s.batch_size, s.eval_batches, s.threads
+            )
         self._check_finite(loss)
         self.evaluations.append((self.step, loss))
         return loss
@@ -219,6 +230,7 @@ def evaluate(
     context: int,
     batch_size: int,
     max_batches: int | None = None,
+    threads: int = 1,
 ) -> float:
     """Mean loss per token, in nats, over windows of `tokens` (N,) that do not overlap.
 
@@ -229,11 +241,11 @@ def evaluate(
     windows = Windows(tokens, context, stride=context)
     count = len(windows) if max_batches is None else min(len(windows), max_batches * batch_size)
     chosen = np.arange(count) * len(windows) // count
-    total = 0.0
+    shards, total = Shards(threads), 0.0
     with evaluating(model):
         for start in range(0, count, batch_size):
             ids, targets = windows.batch(chosen[start : start + batch_size])  # each (B, T)
-            total += model.loss(ids, targets).item() * len(ids)
+            total += shards.loss(model, ids, targets) * len(ids)
     return total / count
 
 

@@ -46,7 +46,7 @@ def train_val_split(
         if len(part) < context + 1:
             raise ValueError(
                 f"the {name} part has {len(part)} of {len(tokens)} tokens, but one window needs "
-                f"{context + 1}: use a longer text, a shorter context or another val_fraction"
+                f"{context + 1}: use a longer text or a shorter context"
             )
     return train, val
 
