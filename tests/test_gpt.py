@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinygrad_llm import nn, no_grad
-from tinygrad_llm.functional import concat
 from tinygrad_llm.gpt import GPT, SIZES, GPTConfig
 from tinygrad_llm.optim import AdamW, clip_grad_norm_, warmup_cosine
 from tinygrad_llm.random import Generator
@@ -310,34 +309,6 @@ def test_targets_of_minus_100_do_not_count():
     some = np.where(np.arange(targets.shape[1]) < 4, targets, -100)
     first = model.loss(ids[:, :4], targets[:, :4]).item()
     assert model.loss(ids, some).item() == pytest.approx(first, rel=1e-5)
-
-
-class Cache:
-    """The shortest thing that GPT takes for a cache: all keys and values so far."""
-
-    class Layer:
-        k = v = None
-
-        def extend(self, k, v):
-            self.k = k if self.k is None else concat([self.k, k], axis=-2)
-            self.v = v if self.v is None else concat([self.v, v], axis=-2)
-            return self.k, self.v
-
-    def __init__(self, n_layers):
-        self.layers, self.length = [Cache.Layer() for _ in range(n_layers)], 0
-
-
-@pytest.mark.parametrize("pieces", [[1] * 12, [5, 4, 3], [12]])
-def test_logits_in_pieces_with_a_cache_are_the_logits_at_once(pieces):
-    model = build(dtype=np.float64, qkv_bias=True)
-    ids, _ = batch(T=12)
-    cache, found = Cache(TINY.n_layers), []
-    for n in pieces:
-        found.append(model(ids[:, cache.length : cache.length + n], cache).data)
-        cache.length += n
-    assert np.allclose(np.concatenate(found, axis=1), model(ids).data, rtol=0, atol=1e-12)
-    with pytest.raises(ValueError, match=r"12 earlier tokens and .* exceed context_length 12"):
-        model(ids[:, :1], cache)
 
 
 # --- saving and loading ---------------------------------------------------------------------------

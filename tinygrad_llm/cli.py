@@ -7,6 +7,7 @@ code 130. Any other exception is a bug of ours and shows its traceback.
 import logging
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -38,6 +39,7 @@ from .data import embedded_corpus, open_tokens, read_corpus, train_val_split, wr
 from .generate import generate as generate_ids
 from .generate import stream
 from .gpt import GPT, GPTConfig
+from .parallel import default_threads
 from .tokenizer import BPETokenizer, StreamDecoder
 from .train import Report, Trainer, TrainSettings, plot_losses
 
@@ -85,6 +87,10 @@ def train(
     dim: Annotated[int, typer.Option(min=1, help="Numbers that stand for one token.")] = 128,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
     seed: Annotated[int, typer.Option(min=0, help="Repeats a run exactly.")] = 0,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Share out each step; without: one for each core, up to 4."),
+    ] = None,
     vocab_size: Annotated[
         int, typer.Option(help="Most tokens in the vocabulary, 257 or more.")
     ] = 2048,
@@ -109,6 +115,7 @@ def train(
         "dim": dim,
         "lr": lr,
         "seed": seed,
+        "threads": threads or default_threads(),
         "vocab_size": vocab_size,
     }
     with user_input():
@@ -145,11 +152,11 @@ class Run:
             save_model(self.trainer.model, self.directory, self.tokenizer)
 
     def resume_command(self) -> str:
-        return f"{PROGRAM} train --out {shlex.quote(str(self.directory))} --resume"
+        return f"{_typed()} train --out {shlex.quote(str(self.directory))} --resume"
 
     def generate_command(self) -> str:
         directory, prompt = shlex.quote(str(self.directory)), shlex.quote(self.prompt)
-        return f"{PROGRAM} generate --model {directory} {prompt}"
+        return f"{_typed()} generate --model {directory} {prompt}"
 
 
 def _new_run(out: Path | None, options: dict[str, Any], steps: int, screen: "Screen") -> Run:
@@ -186,6 +193,7 @@ def _settings(options: dict[str, Any], steps: int) -> TrainSettings:
         warmup_steps=steps // 20,
         eval_interval=-(-steps // EVALUATIONS),  # rounded up
         seed=options["seed"],
+        threads=options["threads"],
     )
 
 
@@ -472,6 +480,17 @@ class Clock:
     def elapsed(self) -> str:
         """Time since the start, as 2:05."""
         return _minutes(time.monotonic() - self.start)
+
+
+def _typed() -> str:
+    """The program as the user can type it here: it need not be on the PATH."""
+    started = Path(sys.argv[0])
+    if started.name == "__main__.py":
+        return "python -m tinygrad_llm"
+    on_path = shutil.which(PROGRAM)
+    if on_path and Path(on_path).absolute() == started.absolute():
+        return PROGRAM
+    return shlex.quote(os.path.relpath(started))
 
 
 def _minutes(seconds: float) -> str:

@@ -5,7 +5,6 @@ Letters in shapes: B sequences, T tokens in each, C channels (emb_dim), V token 
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -141,22 +140,19 @@ class GPT(Module):
             else:
                 normal_(parameter, 0.0, 0.02, generator)
 
-    def forward(self, ids: Tensor | ArrayLike, cache: Any = None) -> Tensor:
+    def forward(self, ids: Tensor | ArrayLike) -> Tensor:
         """Logits of the token that follows each of the given ones.
 
         ids     (B, T) integers, a Tensor or an array -> (B, T, V)
-        cache   None, or what earlier calls left: the ids then continue `cache.length` tokens, and
-                block i gets `cache.layers[i]`, which MultiHeadAttention describes
         Raises ValueError for other shapes or more than context_length tokens, IndexError for ids
         that are not in the vocabulary, TypeError for ids that are no integers.
         """
-        past = 0 if cache is None else cache.length
-        ids = self._checked(ids, past)  # (B, T)
-        positions = np.arange(past, past + ids.shape[1])  # (T,)
+        ids = self._checked(ids)  # (B, T)
+        positions = np.arange(ids.shape[1])  # (T,)
         x = self.tok_emb(ids) + self.pos_emb(positions)  # (B, T, C) + (T, C)
         x = self.drop_emb(x)  # (B, T, C)
-        for i, block in enumerate(self.blocks):
-            x = block(x, None if cache is None else cache.layers[i])  # (B, T, C)
+        for block in self.blocks:
+            x = block(x)  # (B, T, C)
         x = self.final_norm(x)  # (B, T, C)
         return self.out_head(x)  # (B, T, V)
 
@@ -172,7 +168,7 @@ class GPT(Module):
         """How many numbers are trained, shared ones counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def _checked(self, ids, past):
+    def _checked(self, ids):
         """The ids as an array (B, T) that this model can take."""
         ids = ids.data if isinstance(ids, Tensor) else np.asarray(ids)
         if ids.ndim != 2 or ids.size == 0:
@@ -183,10 +179,9 @@ class GPT(Module):
         if ids.dtype.kind not in "iu":
             raise TypeError(f"GPT: ids are integers, not {ids.dtype}; encode the text first")
         longest = self.cfg.context_length
-        if past + ids.shape[1] > longest:
-            before = f"{past} earlier tokens and " if past else ""
+        if ids.shape[1] > longest:
             raise ValueError(
-                f"GPT: {before}ids of shape {ids.shape} exceed context_length {longest}; "
+                f"GPT: ids of shape {ids.shape} exceed context_length {longest}; "
                 f"keep the last {longest}"
             )
         vocab_size = self.cfg.vocab_size

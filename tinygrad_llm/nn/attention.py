@@ -3,8 +3,6 @@
 Letters in the shapes: B sequences in the batch, T tokens in each, C channels, H heads of D = C / H.
 """
 
-from typing import Any
-
 from .. import functional as F  # noqa: N812 (PyTorch's name for it)
 from ..random import Generator
 from ..tensor import Tensor
@@ -51,16 +49,10 @@ class MultiHeadAttention(Module):
         self.qkv = Linear(d_in, 3 * d_out, bias=qkv_bias, generator=generator)
         self.out_proj = Linear(d_out, d_out, generator=generator)
 
-    def forward(self, x: Tensor, cache: Any = None) -> Tensor:
-        """x (..., T, d_in) -> (..., T, d_out); in a GPT, ... is B.
-
-        cache       None, or what was seen before these T tokens: `cache.extend(k, v)` adds the new
-                    keys and values, each (B, H, T, D), and returns all S of them, (B, H, S, D)
-        """
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., T, d_in) -> (..., T, d_out); in a GPT, ... is B."""
         q, k, v = F.split(self.qkv(x), self.d_out, axis=-1)  # 3 of (B, T, C)
         q, k, v = self._heads(q), self._heads(k), self._heads(v)  # 3 of (B, H, T, D)
-        if cache is not None:
-            k, v = cache.extend(k, v)  # 2 of (B, H, S, D)
         longest = self.context_length
         if k.shape[-2] > longest:
             raise ValueError(
@@ -134,7 +126,7 @@ class TransformerBlock(Module):
         self.ff = FeedForward(emb_dim, generator=generator)
         self.drop = Dropout(dropout, generator)
 
-    def forward(self, x: Tensor, cache: Any = None) -> Tensor:
-        """x (B, T, C) -> (B, T, C); cache as in MultiHeadAttention."""
-        x = x + self.drop(self.att(self.norm1(x), cache))  # (B, T, C)
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        x = x + self.drop(self.att(self.norm1(x)))  # (B, T, C)
         return x + self.drop(self.ff(self.norm2(x)))  # (B, T, C)
