@@ -104,7 +104,7 @@ def test_without_arguments_it_trains_on_the_embedded_text(tmp_path):
     for part in ("step 24/24", "validation", "tokens/s", "left", "runs/1/loss.png"):
         assert part in done.stdout
     assert done.stdout.count(" it writes:\n") == 4
-    command = re.search("try next: tinygrad-llm (.*)", done.stdout)[1]
+    command = re.search("try next: .*tinygrad.llm (generate .*)", done.stdout)[1]
     again = run(*shlex.split(command), "--max-tokens", 3, cwd=tmp_path)
     assert again.returncode == 0 and again.stdout.startswith('The "assert" statement')
 

@@ -1,0 +1,95 @@
+"""The architecture, held by the syntax tree: which part may import which, and where an op and its
+kernels live. docs/architecture.md says why."""
+
+import ast
+import pkgutil
+import re
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from tinygrad_llm import backend
+from tinygrad_llm.ops import TABLE
+
+ROOT = Path(__file__).parent.parent
+ENGINE = ["ops", "backend", "tensor", "random", "functional", "check", "explain"]
+MODEL = ["nn", "optim", "gpt", "data", "tokenizer", "checkpoint", "generate"]
+PARTS = [*ENGINE, *MODEL, "parallel", "train", "finetune", "evaluate", "cli", "__main__"]
+MAY_IMPORT = {part: set(PARTS[:i]) for i, part in enumerate(PARTS)}  # what stands before it
+MAY_IMPORT |= {part: may - {"ops"} for part, may in MAY_IMPORT.items() if part not in ENGINE}
+MAY_IMPORT |= {"kernels": set(), "data": set(), "tokenizer": {"data"}, "__init__": {"tensor"}}
+PACKAGES = {"ops": set(), "kernels": {"numpy", "cupy", "triton"}}
+PACKAGES |= {part: {"numpy"} for part in [*ENGINE[1:], "nn", "optim", "gpt"]}
+FILES = sorted(ROOT.glob("tinygrad_llm/**/*.py")) + sorted(ROOT.glob("kernels/**/*.py"))
+every_file = pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+
+
+def module_of(file):
+    """The name under which the file is imported, as a list."""
+    parts = list(file.relative_to(ROOT).with_suffix("").parts)
+    return parts if parts[0] == "tinygrad_llm" else ["tinygrad_llm", *parts]
+
+
+def imports(file):
+    """Absolute names of all that a file imports, also inside functions and by import_module."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = module_of(file)[: -node.level] if node.level else []
+            base = [*base, node.module] if node.module else base
+            yield from (".".join([*base, alias.name]) for alias in node.names)
+        elif isinstance(node, ast.Call) and "import" in ast.unparse(node.func):
+            yield from (a.value for a in node.args if isinstance(a, ast.Constant))
+
+
+@every_file
+def test_imports_keep_their_direction(file):
+    part = module_of(file)[1]
+    assert part in MAY_IMPORT, f"say in {__file__} what {part} may import"
+    names = [name.split(".") for name in imports(file)]
+    inside = {name[1] for name in names if name[0] == "tinygrad_llm"} & {*PARTS, "kernels"}
+    assert inside - {part} <= MAY_IMPORT[part]
+    outside = {name[0] for name in names} - {"tinygrad_llm"} - sys.stdlib_module_names
+    assert "torch" not in outside
+    assert outside <= PACKAGES.get(part, outside)
+
+
+def run(program):
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True
+    ).stdout.split()
+
+
+def test_importing_the_library_loads_nothing_heavy():
+    loaded = set(run("import tinygrad_llm, sys; print(*sys.modules)"))
+    assert not loaded & {"torch", "triton", "cupy", "matplotlib", "tiktoken", "rich", "typer"}
+
+
+def test_every_module_can_be_imported_where_there_is_no_torch():
+    names = [m.name for m in pkgutil.walk_packages([str(ROOT / "tinygrad_llm")], "tinygrad_llm.")]
+    names = [n for n in names if not n.endswith("__main__")]
+    assert "tinygrad_llm.tensor" in names
+    run(f"import sys; sys.modules['torch'] = None\nimport {', '.join(names)}")
+
+
+@pytest.mark.parametrize("op", TABLE.values(), ids=TABLE)
+def test_every_op_derives_the_gradient_of_each_differentiable_argument(op):
+    doc = unicodedata.normalize("NFD", op.doc)
+    for name in op.arrays:
+        if op.domains.get(name) in (None, "positive", "unit"):
+            letter = name.removesuffix("s") if op.variadic else name
+            assert re.search(rf"^{letter}\u0304(_i)? = \S", doc, re.MULTILINE), (
+                f"no line {letter}̄ ="
+            )
+
+
+@pytest.mark.parametrize("name", backend.CPU.kernels)
+def test_every_kernel_lives_in_the_file_of_its_ops_name(name):
+    kernel, op = backend.CPU.kernels[name], TABLE[name]
+    assert kernel.__module__.rpartition(".")[2] == op.vjp.__module__.rpartition(".")[2]
+    assert kernel.__name__ == name
+    assert kernel.__doc__

@@ -1,0 +1,203 @@
+"""The benchmarks run, at settings that take seconds: well-formed results, and sums that add up."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # the benchmarks are not installed, they run from the repository
+
+from benchmarks import machine  # noqa: E402
+from benchmarks.measure import Method, Ratio, Spread, Timing, interleaved  # noqa: E402
+from benchmarks.report import Result, Table, duration  # noqa: E402
+from benchmarks.shakespeare import read  # noqa: E402
+
+needs_torch = pytest.mark.skipif(not machine.installed("torch"), reason="compares with PyTorch")
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUTF8": "1", **environment},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+
+
+def saved(folder, command):
+    """The JSON that a command has saved; its Markdown must be there, too."""
+    (path,) = folder.glob(f"{command}-*.json")
+    assert path.with_suffix(".md").read_text(encoding="utf-8").startswith("## python -m benchmarks")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content["command"] == command
+    assert content["machine"]["cores"] >= 1 and content["machine"]["threads"] == 1
+    return content["results"]
+
+
+def below(content, key):
+    """Every value of a key, at any depth."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            if name == key:
+                yield value
+            yield from below(value, key)
+
+
+# --- the commands ---------------------------------------------------------------------------------
+
+
+@needs_torch
+def test_ops(tmp_path):
+    small = [
+        "--size",
+        "tiny",
+        "--rounds",
+        "1",
+        "--seconds",
+        "0",
+        "--length",
+        "20",
+        "--threads",
+        "1",
+    ]
+    done = run("ops", *small, "--save", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    results = saved(tmp_path, "ops")
+    assert set(results) == {"tape", "tiny"}
+    ratios = list(below(results, "ratio"))
+    assert len(ratios) == len(results["tape"]) + 2 * len(results["tiny"])
+    assert all(value > 0 for ratio in ratios for value in ratio.values())
+    for tape in results["tape"].values():
+        assert tape["ours"]["seconds"]["median"] > 0
+
+
+@needs_torch
+def test_train(tmp_path):
+    small = ["--model", "tiny", "--rounds", "2", "--steps", "2", "--threads", "1"]
+    done = run("train", *small, "--save", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    result = saved(tmp_path, "train")["tiny"]
+    losses = result["losses"]
+    assert len(losses["ours"]) == len(losses["torch"]) == 10
+    assert losses["ours"] == pytest.approx(losses["torch"], rel=1e-4)
+    assert losses["ours"][-1] < losses["ours"][0]
+    assert all(value > 0 for value in result["ratio"].values())
+    assert result["ours"]["tokens_per_second"] > 0
+    ops = {row["name"]: row for row in result["ops"]}
+    assert {"linear", "attention", "layer_norm", "cross_entropy", "optimizer"} <= set(ops)
+    assert sum(row["share"] for row in ops.values()) == pytest.approx(1)
+    assert ops["attention"]["calls"] == 2 and ops["attention"]["backward"] > 0
+
+
+def test_shakespeare(tmp_path):
+    text = "To be, or not to be, that is the question.\n" * 60
+    (tmp_path / "tinyshakespeare.txt").write_text(text, encoding="utf-8")
+    small = ["--steps", "3", "--eval-batches", "1", "--threads", "1"]
+    done = run(
+        "shakespeare", *small, "--save", "--results", str(tmp_path), TINYGRAD_LLM_DATA=str(tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    (one,) = saved(tmp_path, "shakespeare")["runs"]
+    assert one["seed"] == 0 and 0 < one["validation_loss"] < 4
+    assert one["step_seconds"]["median"] > 0
+
+
+def test_shakespeare_without_its_text(tmp_path):
+    done = run("shakespeare", TINYGRAD_LLM_DATA="")
+    assert done.returncode == 2
+    assert "TINYGRAD_LLM_DATA" in done.stderr and done.stderr.count("\n") == 1
+    with pytest.raises(FileNotFoundError, match="TINYGRAD_LLM_DATA"):
+        read(str(tmp_path))
+
+
+# --- what they are made of ------------------------------------------------------------------------
+
+
+class Clock:
+    """Time that passes only when a call or a pause says so."""
+
+    def __init__(self):
+        self.now, self.log = 0.0, []
+
+    def __call__(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        self.log.append("pause")
+
+    def job(self, name, *durations):
+        """A call that takes the durations in turn, then the last one for ever."""
+        left = list(durations)
+
+        def call():
+            self.log.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return call
+
+
+def timed(clock, calls, rounds, seconds):
+    return interleaved(calls, Method(rounds, seconds, 1.0, clock, clock.sleep))
+
+
+def test_alternatives_take_turns():
+    clock = Clock()
+    times = timed(clock, {"a": clock.job("a", 2.0), "b": clock.job("b", 3.0)}, 2, seconds=0.5)
+    assert clock.log == ["pause", "a", "a", "pause", "b", "b"] * 3  # the first round is a warm-up
+    assert times["a"] == Timing((2.0, 2.0), 2.0) and times["b"] == Timing((3.0, 3.0), 3.0)
+
+
+def test_what_comes_first_does_not_count():
+    clock = Clock()
+    first_round, second_round = [90.0, 80.0], [70.0, 1.0, 5.0, 3.0]
+    times = timed(clock, {"a": clock.job("a", *first_round, *second_round)}, 1, seconds=8.0)
+    assert times["a"] == Timing((3.0,), 1.0)  # the median and the best of 1, 5, 3
+
+
+def test_spread_and_ratio():
+    assert Spread.of([4, 1, 3, 2, 5]) == Spread(median=3, low=2, high=4)
+    assert Spread.of([7]) == Spread(7, 7, 7)
+    ours, peer = Timing((1.0, 2.0, 4.0), best=0.5), Timing((3.0, 4.0, 4.0), best=1.5)
+    ratio = Ratio.of(peer, ours)  # 3, 2 and 1: the peer takes longer, ours is faster
+    assert ratio.rounds == Spread(2.0, 1.5, 2.5) and ratio.best == 3.0
+    assert str(ratio) == "2.00 (1.50-2.50)"
+
+
+def test_differences_and_parts():
+    chain, numpy = Timing((10.0, 14.0), best=9.0), Timing((4.0, 6.0), best=3.0)
+    assert chain.minus(numpy) == Timing((6.0, 8.0), 6.0)
+    assert chain.per(2) == Timing((5.0, 7.0), 4.5)
+
+
+def test_durations_have_units():
+    seconds = (2.5e-6, 1.234e-4, 0.0567, 0.2, 12.34)
+    assert [duration(s) for s in seconds] == ["2.5 µs", "123 µs", "56.7 ms", "200 ms", "12.3 s"]
+
+
+def test_results_are_saved_by_cpu(tmp_path):
+    description = machine.describe(threads=2) | {"cpu": "ACME (R) Fast-9 CPU @ 3.00GHz"}
+    table = Table("T", ["op", "ours"], [["add", "1 µs"]])
+    paths = Result("ops", {"rounds": 5}, {"x": 1.5}, [table], ["A note."]).save(
+        tmp_path, description
+    )
+    assert [p.name for p in paths] == [
+        "ops-acme-r-fast-9-cpu-3-00ghz-2-threads.json",
+        "ops-acme-r-fast-9-cpu-3-00ghz-2-threads.md",
+    ]
+    assert json.loads(paths[0].read_text())["results"] == {"x": 1.5}
+    assert "| add | 1 µs |" in paths[1].read_text(encoding="utf-8")
+
+
+def test_a_busy_machine_is_told():
+    busy = {"cores": 2, "threads": 2, "load_average": 3.0}
+    assert "busy" in machine.warning(busy)
+    for calm in ({"load_average": 0.3}, {"load_average": None}, {"threads": 1}):
+        assert machine.warning(busy | calm) is None
