@@ -670,7 +670,6 @@ KEYS = {
     ":, array": (slice(None), np.array([2, 0, 2])),
     "array, :, array": (np.array([0, 1, 1]), slice(None), np.array([1, 2, 1])),
     "array, None": (np.array([0, 1, 1]), None),
-    "0, :, array": (0, slice(None), np.array([3, 3])),
     "..., array": (..., np.array([3, 3])),
     "arange, arange": (np.arange(2), np.arange(2)),
     "mask": MASK,

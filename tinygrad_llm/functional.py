@@ -89,6 +89,7 @@ def split(x, size, axis=0):
     """x in pieces along an axis: `size` long each (the last may be shorter), or of the sizes
     listed.
     """
+    x = _tensor(x)
     length = x.shape[axis]
     if isinstance(size, int):
         if size < 1:
@@ -96,7 +97,7 @@ def split(x, size, axis=0):
         sizes = [min(size, length - start) for start in range(0, length, size)]
     else:
         sizes = list(size)
-    if sum(sizes) != length:
+    if sum(sizes) != length or min(sizes, default=0) < 0:
         raise ValueError(f"split sizes {sizes} add up to {sum(sizes)}, the axis has {length}")
     ends = np.cumsum(sizes)
     before = (slice(None),) * (axis % x.ndim)
@@ -106,6 +107,8 @@ def split(x, size, axis=0):
 def gather(x, index, axis=-1):
     """y[..., j] = x[..., index[..., j]] along an axis; the other lengths agree."""
     x, index = _tensor(x), _integers(index, "gather")
+    if not -x.ndim <= axis < x.ndim or x.ndim != index.ndim:
+        raise ValueError(f"gather: axis {axis} of shapes {x.shape} and {index.shape} does not fit")
     axis = axis % x.ndim
     x, index = _last(x, axis), np.moveaxis(index, axis, -1)
     if x.shape[:-1] != index.shape[:-1]:
@@ -178,9 +181,10 @@ def scaled_dot_product_attention(
     if mask is not None:
         mask = _tensor(mask)
         seen, bias = (mask, 0.0) if mask.dtype == np.bool else (True, mask)
-    lead = np.broadcast_shapes(q.shape[:-2], k.shape[:-2])
-    keep = _keep_mask((*lead, q.shape[-2], k.shape[-2]), dropout_p, q.dtype, generator)
-    keep = 1.0 if keep is None else keep
+    keep = 1.0
+    if dropout_p:
+        lead = _batch(q, k)
+        keep = _keep_mask((*lead, q.shape[-2], k.shape[-2]), dropout_p, q.dtype, generator)
     arguments = _without_defaults([seen, bias, keep], [True, 0.0, 1.0])
     return apply(TABLE["attention"], q, k, v, *arguments, causal=is_causal, scale=scale)
 
@@ -250,6 +254,14 @@ def _pairs(name, x, target):
 
 def _tensor(x):
     return x if isinstance(x, Tensor) else Tensor(x)
+
+
+def _batch(q, k):
+    """The batch axes of q kᵀ."""
+    try:
+        return np.broadcast_shapes(q.shape[:-2], k.shape[:-2])
+    except ValueError:
+        raise ValueError(f"attention: batch axes of q {q.shape} and k {k.shape} differ") from None
 
 
 def _some(tensors, name):

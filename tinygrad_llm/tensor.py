@@ -214,12 +214,14 @@ class Tensor:
 
     def flatten(self, start=0, end=-1):
         """Axes start to end as one."""
-        start, end = start % max(self.ndim, 1), end % max(self.ndim, 1)
+        start, end = (_axis(a, max(self.ndim, 1)) for a in (start, end))
         return self.reshape(*self.shape[:start], -1, *self.shape[end + 1 :])
 
     def permute(self, *axes):
         """The axes in another order."""
-        return apply(TABLE["permute_dims"], self, axes=tuple(a % self.ndim for a in _flat(axes)))
+        return apply(
+            TABLE["permute_dims"], self, axes=tuple(_axis(a, self.ndim) for a in _flat(axes))
+        )
 
     def transpose(self, axis0, axis1):
         """Two axes exchanged."""
@@ -249,8 +251,11 @@ class Tensor:
 
     def expand(self, *shape):
         """Repeated along axes of length 1 and new axes in front; -1 keeps a length."""
-        shape, old = _flat(shape), (None,) * (len(_flat(shape)) - self.ndim) + self.shape
-        wanted = tuple(o if n == -1 else n for n, o in zip(shape, old, strict=True))
+        shape = _flat(shape)
+        if len(shape) < self.ndim:
+            raise ValueError(f"expand of shape {self.shape} to {shape}: too few axes")
+        old = (None,) * (len(shape) - self.ndim) + self.shape
+        wanted = tuple(o if n == -1 else n for n, o in zip(shape, old))
         return apply(TABLE["broadcast_to"], self, shape=wanted)
 
     def __getitem__(self, key):
@@ -266,9 +271,9 @@ class Tensor:
         """`value` where mask is true, this Tensor elsewhere."""
         return apply(TABLE["where"], mask, value, self)
 
-    def clip(self, low=-np.inf, high=np.inf):
-        """No less than low and no more than high."""
-        return apply(TABLE["clip"], self, low=float(low), high=float(high))
+    def clip(self, low=None, high=None):
+        """No less than low and no more than high; None sets no bound."""
+        return apply(TABLE["clip"], self, low=low, high=high)
 
     clamp = clip
 
@@ -315,6 +320,13 @@ def _flat(arguments):
     """(2, 3) from both f(2, 3) and f((2, 3))."""
     single = len(arguments) == 1 and isinstance(arguments[0], tuple | list)
     return tuple(arguments[0] if single else arguments)
+
+
+def _axis(axis, ndim):
+    """An axis counted from the front."""
+    if not -ndim <= axis < ndim:
+        raise IndexError(f"axis {axis} is out of range for {ndim} axes")
+    return axis % ndim
 
 
 # --- applying an op -------------------------------------------------------------------------------
@@ -376,7 +388,7 @@ def _does_not_fit(op, arrays, attributes, error):
 
 
 def grad(y, xs, gradient=None, retain_graph=None, create_graph=False, allow_unused=False):
-    """dy/dx for each x in xs, as a tuple of Tensors; no .grad is touched.
+    """dy/dx for each x in xs, as a tuple of Tensors; no leaf's .grad is touched.
 
     y         a single number, or any shape with `gradient` of the same shape (what arrives at y)
     xs        a Tensor, or several
@@ -423,7 +435,7 @@ def _add_to_leaf(tensor, gradient, owned):
     alias.
     """
     if isinstance(gradient, Tensor):  # a recorded backward pass
-        tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient
+        tensor.grad = gradient.clone() if tensor.grad is None else tensor.grad + gradient
     elif tensor.grad is None:
         tensor.grad = Tensor(gradient if owned else gradient.copy())
     elif tensor.grad.requires_grad:
@@ -458,6 +470,8 @@ def _walk(root, gradient, keep, only, create_graph, retain_graph):
             owned.discard(i)
             if node is None:
                 continue
+            if only is not None and i in only[0] and _is_end(node, only[1]):
+                continue
             if node[1] is None:
                 raise RuntimeError(_freed(node[0].op))
             fresh = node[0].is_kernel and not create_graph
@@ -489,6 +503,11 @@ def _walk(root, gradient, keep, only, create_graph, retain_graph):
                         owned.add(j)
             if not retain_graph:
                 tensor._node = node[0], None, None, None
+
+
+def _is_end(node, on_the_way):
+    """Whether nothing that is asked for lies behind this node."""
+    return not any(id(x) in on_the_way for x in node[1] or ())
 
 
 def _own(gradient, data):
@@ -620,7 +639,7 @@ def _getitem(x, key):
     """
     key = key if isinstance(key, tuple) else (key,)
     key = tuple(k.data if isinstance(k, Tensor) else k for k in key)
-    key = tuple(np.asarray(k) if isinstance(k, list) else k for k in key)
+    key = tuple(np.asarray(k, None if k else np.int64) if isinstance(k, list) else k for k in key)
     key = tuple(int(k) if isinstance(k, np.ndarray) and k.ndim == 0 else k for k in key)
     if not any(isinstance(k, np.ndarray) for k in key):
         return apply(TABLE["getitem"], x, key=key)

@@ -6,8 +6,9 @@ A kernel is a class with two static methods:
     vjp(g, y, *arrays, saved, needs, **attributes) -> gradients, None where `needs` says False
 
 and, if it cannot do every case, accepts(*arrays, **attributes) -> bool. Each module lists its
-kernels in KERNELS. Two rules:
+kernels in KERNELS. The rules:
 
+- Arithmetic in place is for float32 and float64: `accepts` leaves other dtypes to the op.
 - Nothing that a kernel did not make may be written to: not its arguments, not `g`, not `saved`.
 - A gradient is a fresh array, which the engine may add to: never `g` or a view of it. Where it is
   zero but for a part, it may be a function add_to(total), which adds that part to an array in

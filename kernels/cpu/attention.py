@@ -67,7 +67,7 @@ class attention:
         whole = isinstance(D, np.ndarray) and D.shape == (*q.shape[:-1], k.shape[-2])
         keeps = whole or (isinstance(D, float) and D == 1)
         batch = q.shape[:-2] == k.shape[:-2] == v.shape[:-2]
-        dtype = q.dtype == k.dtype == v.dtype and q.dtype.kind == "f"
+        dtype = q.dtype == k.dtype == v.dtype and q.dtype.char in "fd"
         some = q.size > 0 and v.size > 0 and (not causal or q.shape[-2] <= k.shape[-2])
         return plain and keeps and batch and dtype and some
 

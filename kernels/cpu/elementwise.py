@@ -51,4 +51,4 @@ class gelu_tanh:
 
     @staticmethod
     def accepts(x):
-        return x.dtype.kind == "f"
+        return x.dtype.char in "fd"

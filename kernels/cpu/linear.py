@@ -29,4 +29,4 @@ class linear:
         multiply.
         """
         same = x.dtype == w.dtype and (b is None or getattr(b, "dtype", None) == x.dtype)
-        return same and x.dtype.kind == "f" and x.size > 0 and w.size > 0
+        return same and x.dtype.char in "fd" and x.size > 0 and w.size > 0

@@ -33,4 +33,4 @@ class cross_entropy:
 
     @staticmethod
     def accepts(x, t, *, ignore_index=-100):
-        return x.dtype.kind == "f" and x.size > 0 and bool(np.any(t != ignore_index))
+        return x.dtype.char in "fd" and x.size > 0 and bool(np.any(t != ignore_index))

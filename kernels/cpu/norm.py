@@ -60,4 +60,4 @@ class rms_norm:
 
 def _same_float(x, *weights):
     """One floating dtype, so that in-place steps keep it; and at least one element."""
-    return x.dtype.kind == "f" and x.size > 0 and all(w.dtype == x.dtype for w in weights)
+    return x.dtype.char in "fd" and x.size > 0 and all(w.dtype == x.dtype for w in weights)

@@ -27,6 +27,8 @@ class Op:
         parameters = list(inspect.signature(cls.vjp).parameters.values())[3:]  # after xp, g, y
         keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
         arrays = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        if not cls.__doc__:
+            raise TypeError(f"op {cls.__name__} needs a docstring: its formula and its derivation")
         self.name = cls.__name__
         self.doc = inspect.cleandoc(cls.__doc__)
         self.signature = signature

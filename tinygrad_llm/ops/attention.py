@@ -19,7 +19,8 @@ class attention:
     """S = scale q kᵀ + B,  P = softmax(S) over the keys that M lets the query see,  y = (D ⊙ P) v
 
     scale is 1/√d unless given; D is dropout's keep mask / (1 - p), or 1; B is a bias on the scores,
-    or 0. causal: query i of T sees keys j ≤ i + S - T. A query that sees no key gets zeros.
+    or 0, and -∞ hides a key. causal: query i of T sees keys j ≤ i + S - T. A query that sees no key
+    gets zeros.
     v̄ and the gradient g vᵀ of D ⊙ P are a matmul's.  softmax's vjp is P ⊙ (P̄ - Σ_j P̄_ij P_ij),
     and that sum is Σ(g ⊙ y):
     P̄ = D ⊙ g vᵀ
@@ -35,9 +36,9 @@ class attention:
         seen = xp.ones((T, n), dtype=xp.bool)
         if causal:
             seen = xp.tril(seen, k=n - T)
-        seen = seen & M
         S = scale * (q @ xp.matrix_transpose(k)) + B  # (..., T, n)
         lowest = float(xp.finfo(S.dtype).min)  # not -inf: a query that sees nothing must not be NaN
+        seen = seen & M & (S > -math.inf)
         P = xp.where(seen, xp.softmax(xp.where(seen, S, lowest)), 0.0)
         return (D * P) @ v, P
 

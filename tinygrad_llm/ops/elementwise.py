@@ -88,12 +88,12 @@ class power:
 class pow:
     """y = x^p, both arrays, x > 0
 
-    x^p = e^(p log x), so ∂y/∂x = p x^(p-1) and ∂y/∂p = y log x:
+    x^p = e^(p log x), so ∂y/∂x = p x^(p-1) and ∂y/∂p = y log x (0 is returned where x ≤ 0):
     x̄ = g ⊙ p ⊙ x^(p - 1)
     p̄ = g ⊙ y ⊙ log(x)"""
 
     def vjp(xp, g, y, x, p):
-        return g * p * x ** (p - 1), g * y * xp.log(x)
+        return g * p * x ** (p - 1), g * y * xp.log(xp.where(x > 0, x, 1.0))
 
 
 # --- exponentials ---------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ class relu:
     x̄ = where(x ≤ 0, 0, g)"""
 
     def forward(xp, x):
-        return xp.where(x <= 0, 0.0, x)  # not x > 0: NaN must stay NaN
+        return xp.where(x <= 0, 0, x)  # not x > 0: NaN must stay NaN
 
     def vjp(xp, g, y, x):
         return (xp.where(x <= 0, 0.0, g),)
@@ -361,7 +361,7 @@ class abs:
     x̄ = where(x > 0, g, where(x < 0, -g, 0))"""
 
     def forward(xp, x):
-        return xp.where(x == 0, 0.0, xp.where(x < 0, -x, x))
+        return xp.where(x == 0, 0, xp.where(x < 0, -x, x))
 
     def vjp(xp, g, y, x):
         return (xp.where(x > 0, g, xp.where(x < 0, -g, 0.0)),)
@@ -369,16 +369,18 @@ class abs:
 
 @op("()->()", examples=[{"low": -0.5, "high": 0.5}, {"low": 0.0}, {"high": 0.0}])
 class clip:
-    """y = x, but no less than low and no more than high
+    """y = x, but no less than low and no more than high, where these are given
 
     Where x is outside, y does not depend on it (at a bound it still does):
     x̄ = where((x < low) ∨ (x > high), 0, g)"""
 
-    def forward(xp, x, *, low=-math.inf, high=math.inf):
-        return xp.where(x < low, low, xp.where(x > high, high, x))
+    def forward(xp, x, *, low=None, high=None):
+        y = x if low is None else xp.where(x < low, low, x)
+        return y if high is None else xp.where(y > high, high, y)
 
-    def vjp(xp, g, y, x, *, low=-math.inf, high=math.inf):
-        return (xp.where((x < low) | (x > high), 0.0, g),)
+    def vjp(xp, g, y, x, *, low=None, high=None):
+        x_bar = g if low is None else xp.where(x < low, 0.0, g)
+        return (x_bar if high is None else xp.where(x > high, 0.0, x_bar),)
 
 
 @op("(),()->()", keep="constant")
