@@ -194,7 +194,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     assert process.returncode == 130
     step = load_training_state(tmp_path / "stopped")["trainer"]["step"]
     assert 10 <= step < 120
-    said = f"stopped after {step} steps and saved; go on with: tinygrad-llm (.*)\n"
+    said = f"stopped after {step} steps and saved; go on with: .*tinygrad.llm (.*)\n"
     command = re.fullmatch(said, errors)[1]
     assert command == "train --out stopped --resume"
 
