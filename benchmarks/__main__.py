@@ -1,0 +1,158 @@
+"""The command line: `python -m benchmarks ops | train | shakespeare`, from the repository root.
+
+Each command sets the number of threads first and imports the rest afterwards: see machine.py.
+"""
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import machine
+from .measure import Method
+from .report import RESULTS, Result
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+Threads = Annotated[int, typer.Option(min=1, help="Threads of NumPy's BLAS and of PyTorch.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Turns that each alternative gets.")]
+Save = Annotated[bool, typer.Option("--save", help="Write JSON and Markdown into --results.")]
+Results = Annotated[Path, typer.Option(metavar="DIR", help="Where --save writes.")]
+Size = StrEnum("Size", ["tiny", "small", "gpt2"])
+Model = StrEnum("Model", [("tiny", "tiny"), ("nano", "nanogpt-cpu"), ("default", "default-job")])
+
+
+@app.callback()
+def about():
+    """Speed and quality in figures. A ratio above 1 means that ours is faster than PyTorch."""
+
+
+@app.command()
+def ops(
+    size: Annotated[list[Size], typer.Option(help="Shapes; may be repeated.")] = [  # noqa: B006
+        Size.small,
+        Size.gpt2,
+    ],
+    rounds: Rounds = 5,
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long a turn lasts, about.")] = 0.03,
+    length: Annotated[int, typer.Option(min=1, help="Ops in a chain on the tape.")] = 1000,
+    threads: Threads = 2,
+    save: Save = False,
+    results: Results = RESULTS,
+):
+    """The tape's cost for each op, and the ops of a GPT one by one."""
+    description = prepare(threads, peer=True)
+    method = Method.for_threads(threads, rounds, seconds)
+    from .ops import measure_size
+    from .tape import measure_tape, note
+
+    sizes = [s.value for s in size]
+    data, tables, notes = {}, [], [RATIO_NOTE]
+    say("measuring the tape")
+    data["tape"], chain = measure_tape(method, length)
+    tables.append(chain)
+    notes.append(note(data["tape"]))
+    for name in sizes:
+        say(f"measuring the ops of {name}")
+        data[name], more = measure_size(name, method)
+        tables += more
+    settings = {"rounds": rounds, "length": length, "sizes": ", ".join(sizes)}
+    finish(Result("ops", settings, data, tables, notes), description, save, results)
+
+
+@app.command()
+def train(
+    model: Annotated[list[Model], typer.Option(help="Models; may be repeated.")] = [  # noqa: B006
+        Model.nano,
+        Model.default,
+    ],
+    rounds: Rounds = 9,
+    steps: Annotated[int, typer.Option(min=1, help="Steps in a turn, about.")] = 10,
+    check: Annotated[int, typer.Option(min=1, help="Losses that must agree first.")] = 10,
+    threads: Threads = 2,
+    save: Save = False,
+    results: Results = RESULTS,
+):
+    """Whole training steps of ours and of PyTorch, side by side, and where ours spends the time."""
+    description, method = prepare(threads, peer=True), Method.for_threads(threads, rounds)
+    from .train import measure_setting
+
+    data, tables, notes = {}, [], [RATIO_NOTE]
+    for name in [m.value for m in model]:
+        say(f"measuring {name}")
+        try:
+            data[name], more, note = measure_setting(name, method, steps, check)
+        except ValueError as error:
+            fail(f"{name}: {error}", code=1)
+        tables += more
+        notes.append(note)
+    settings = {"rounds": rounds, "steps": steps, "check": check}
+    finish(Result("train", settings, data, tables, notes), description, save, results)
+
+
+@app.command()
+def shakespeare(
+    steps: Annotated[int, typer.Option(min=1, help="Updates of the weights.")] = 2000,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs, with seeds 0, 1, ...")] = 1,
+    eval_batches: Annotated[int, typer.Option(min=1, help="Batches of validation text.")] = 200,
+    threads: Threads = 2,
+    save: Save = False,
+    results: Results = RESULTS,
+):
+    """nanoGPT's CPU setting on tiny Shakespeare: the validation loss after 2,000 steps."""
+    description = prepare(threads, peer=False)
+    from . import shakespeare as job
+
+    try:
+        text = job.read(os.environ.get("TINYGRAD_LLM_DATA"))
+    except FileNotFoundError as error:
+        fail(str(error))
+    runs, clock = [], Method.for_threads(threads, rounds=1).clock
+    for seed in range(seeds):
+        runs.append(job.measure_seed(text, steps, seed, eval_batches, clock, say))
+    worst = max(run["validation_loss"] for run in runs)
+    note = f"Worst validation loss: {worst:.4f}; the target is {job.TARGET}, nanoGPT reports 1.88."
+    settings = {"steps": steps, "seeds": seeds, "eval_batches": eval_batches}
+    result = Result("shakespeare", settings, {"runs": runs}, [job.table(runs, steps)], [note])
+    finish(result, description, save, results)
+
+
+RATIO_NOTE = (
+    "ratio: PyTorch's time / ours, above 1 ours is faster; the median over the rounds and, in "
+    "parentheses, the quartiles. best: the same of the fastest tenth of the calls."
+)
+
+
+def prepare(threads: int, peer: bool) -> dict:
+    """Threads first, then the machine's description, before there is any load of our own."""
+    if peer and not machine.installed("torch"):
+        fail("this needs PyTorch to compare with: pip install -e '.[test]'")
+    machine.limit_threads(threads)
+    return machine.describe(threads)
+
+
+def finish(result: Result, description: dict, save: bool, folder: Path) -> None:
+    """Shows, and saves if asked to."""
+    result.notes += filter(None, [machine.warning(description)])
+    result.show(description)
+    if save:
+        paths = result.save(folder, description)
+        print("saved " + ", ".join(path.name for path in paths))
+
+
+def say(message: str) -> None:
+    """What is going on, apart from the results. No live display: that would take time, too."""
+    print(message, file=sys.stderr)
+
+
+def fail(message: str, code: int = 2) -> None:
+    """One line, no traceback."""
+    print(f"error: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m benchmarks")
