@@ -84,7 +84,7 @@ def train(
     for name in [m.value for m in model]:
         say(f"measuring {name}")
         try:
-            data[name], more, note = measure_setting(name, method, steps, check)
+            data[name], more, note = measure_setting(name, method, steps, check, threads)
         except ValueError as error:
             fail(f"{name}: {error}", code=1)
         tables += more
@@ -112,7 +112,7 @@ def shakespeare(
         fail(str(error))
     runs, clock = [], Method.for_threads(threads, rounds=1).clock
     for seed in range(seeds):
-        runs.append(job.measure_seed(text, steps, seed, eval_batches, clock, say))
+        runs.append(job.measure_seed(text, steps, seed, eval_batches, threads, clock, say))
     worst = max(run["validation_loss"] for run in runs)
     note = f"Worst validation loss: {worst:.4f}; the target is {job.TARGET}, nanoGPT reports 1.88."
     settings = {"steps": steps, "seeds": seeds, "eval_batches": eval_batches}

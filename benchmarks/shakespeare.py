@@ -25,7 +25,7 @@ def characters(text: str) -> tuple[np.ndarray, int]:
     return np.array([number[c] for c in text], np.int64), len(alphabet)
 
 
-def settings(steps: int, seed: int) -> TrainSettings:
+def settings(steps: int, seed: int, threads: int) -> TrainSettings:
     """nanoGPT's schedule: up to 1e-3 in 100 steps, then a cosine down to a tenth of it."""
     return TrainSettings(
         steps=steps,
@@ -39,6 +39,7 @@ def settings(steps: int, seed: int) -> TrainSettings:
         eval_interval=steps,
         eval_batches=1,
         seed=seed,
+        threads=threads,
     )
 
 
@@ -47,6 +48,7 @@ def measure_seed(
     steps: int,
     seed: int,
     eval_batches: int,
+    threads: int,
     clock: Callable[[], float],
     say: Callable[[str], None],
 ) -> dict:
@@ -55,7 +57,7 @@ def measure_seed(
     split = int(0.9 * len(tokens))
     names = {"emb_dim": 128, "n_heads": 4, "n_layers": 4, "drop_rate": 0.0, "qkv_bias": True}
     model = GPT(GPTConfig(vocab_size, CONTEXT, **names), generator=Generator(seed))
-    trainer = Trainer(model, tokens[:split], tokens[split:], settings(steps, seed))
+    trainer = Trainer(model, tokens[:split], tokens[split:], settings(steps, seed, threads))
     seconds = []
     for step in range(1, steps + 1):
         start = clock()

@@ -12,6 +12,7 @@ import torch
 from tinygrad_llm import backend, cli
 from tinygrad_llm.gpt import GPT, GPTConfig
 from tinygrad_llm.optim import AdamW, clip_grad_norm_
+from tinygrad_llm.parallel import Shards
 from tinygrad_llm.random import Generator
 
 from .measure import Method, Ratio, Spread, Timing, interleaved
@@ -21,7 +22,8 @@ from .torch_gpt import same_model
 
 TOLERANCE = 1e-4  # for ten losses of ours and PyTorch's, relative
 LONGEST_TURN = 1.0  # seconds, so that a busy machine does not make it endless
-PHASES = ("forward", "backward", "clip", "optimizer")
+PHASES = ("gradients", "clip", "optimizer")
+PARTS = ("forward", "backward", *PHASES)  # of an op, and of what is no op
 OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}
 
 
@@ -70,22 +72,20 @@ SETTINGS = {
 class Training:
     """A model and its optimizer; `step()` is what is timed. `times` has the seconds of each phase.
 
-    One pair of batches is enough: what a step costs does not depend on what it reads.
+    `gradients()` runs forward and backward on the same batch every time, which is enough: what a
+    step costs does not depend on what it reads.
     """
 
-    def __init__(self, model, optimizer, clip, ids, targets, clock):
+    def __init__(self, model, optimizer, clip, gradients, clock):
         self.model, self.optimizer, self.clip, self.clock = model, optimizer, clip, clock
         self.parameters = list(model.parameters())
-        self.ids, self.targets = ids, targets
+        self.gradients = gradients
         self.times = defaultdict(list)
 
     def step(self) -> float:
-        """Forward, backward, clipping, AdamW; returns the loss before it."""
+        """Forward and backward, clipping, AdamW; returns the loss before it."""
         times = [self.clock()]
-        loss = self.model.loss(self.ids, self.targets)
-        times.append(self.clock())
-        self.optimizer.zero_grad()
-        loss.backward()
+        loss = self.gradients()
         times.append(self.clock())
         self.clip(self.parameters, 1.0)
         times.append(self.clock())
@@ -93,10 +93,10 @@ class Training:
         times.append(self.clock())
         for phase, start, end in zip(PHASES, times, times[1:]):
             self.times[phase].append(end - start)
-        return loss.item()
+        return loss
 
 
-def trainings(setting: Setting, clock) -> tuple[Training, Training]:
+def trainings(setting: Setting, threads: int, clock) -> tuple[Training, Training]:
     """Ours and PyTorch's, ready to start from the same weights on the same tokens."""
     rng = np.random.default_rng(0)
     shape = (setting.batch, setting.cfg.context_length)
@@ -105,10 +105,21 @@ def trainings(setting: Setting, clock) -> tuple[Training, Training]:
     peer = same_model(model)
     optimizer = torch.optim.AdamW(peer.parameters(), fused=True, **OPTIONS)
     batch = torch.from_numpy(ids), torch.from_numpy(targets)
+    shards = Shards(threads)
+
+    def peers_gradients():
+        optimizer.zero_grad()
+        loss = peer.loss(*batch)
+        loss.backward()
+        return loss.item()
+
+    def our_gradients():
+        return shards.backward(model, ids, targets)
+
     ours = AdamW(model.parameters(), **OPTIONS)
     return (
-        Training(model, ours, clip_grad_norm_, ids, targets, clock),
-        Training(peer, optimizer, torch.nn.utils.clip_grad_norm_, *batch, clock),
+        Training(model, ours, clip_grad_norm_, our_gradients, clock),
+        Training(peer, optimizer, torch.nn.utils.clip_grad_norm_, peers_gradients, clock),
     )
 
 
@@ -127,11 +138,11 @@ def compare_losses(ours: Training, peer: Training, steps: int) -> dict:
 
 
 def measure_setting(
-    name: str, method: Method, steps: int, check: int
+    name: str, method: Method, steps: int, check: int, threads: int
 ) -> tuple[dict, list[Table], str]:
     """One setting: numbers, tables, and a sentence on how the losses agree."""
     setting = SETTINGS[name]()
-    ours, peer = trainings(setting, method.clock)
+    ours, peer = trainings(setting, threads, method.clock)
     losses = compare_losses(ours, peer, check)
     step = sum(Spread.of(ours.times[phase]).median for phase in PHASES)
     seconds = min(steps * step, LONGEST_TURN)
@@ -140,7 +151,7 @@ def measure_setting(
     times = interleaved({"ours": ours.step, "torch": peer.step}, replace(method, seconds=seconds))
     ratio = Ratio.of(times["torch"], times["ours"])
     phases = {p: (Spread.of(ours.times[p]).median, Spread.of(peer.times[p]).median) for p in PHASES}
-    split = _split_by_op(ours, steps)
+    split = _split_by_op(trainings(setting, 1, method.clock)[0], steps)
     data = {
         "model": str(setting),
         "parameters": ours.model.num_parameters(),
@@ -168,7 +179,11 @@ def _with_tokens(timing: Timing, tokens: int) -> dict:
 
 
 def _split_by_op(training: Training, steps: int) -> list[dict]:
-    """Our step's time by op, then what is no op: medians over the steps, longest first."""
+    """Our step's time by op, then what is no op: medians over the steps, longest first.
+
+    The whole batch runs on one thread of ours here, with as many as BLAS may have: the clock of an
+    op means nothing while another op runs beside it.
+    """
     profile, cells, calls = Profile(training.clock), defaultdict(list), {}
     with backend.using(profile.reading()):
         for _ in range(steps):
@@ -181,7 +196,7 @@ def _split_by_op(training: Training, steps: int) -> list[dict]:
     total = sum(median.values())
     rows = []
     for name in dict.fromkeys(name for name, _ in median):
-        parts = {phase: median[name, phase] for phase in PHASES if (name, phase) in median}
+        parts = {part: median[name, part] for part in PARTS if (name, part) in median}
         share = sum(parts.values()) / total
         rows.append({"name": name, "calls": calls.get((name, "forward"), 1), **parts})
         rows[-1]["share"] = share
@@ -192,9 +207,9 @@ def _one_step(profile, training):
     """(name, phase) -> seconds, for the step that was just done."""
     cells = dict(profile.seconds)
     for phase in PHASES:
-        inside = sum(seconds for (_, where), seconds in profile.seconds.items() if where == phase)
-        rest = phase if phase in ("clip", "optimizer") else "tape, modules, checks"
-        cells[rest, phase] = training.times[phase][-1] - inside
+        cells[phase, phase] = training.times[phase][-1]
+    in_ops = sum(profile.seconds.values())
+    cells["tape, modules, checks", "gradients"] = cells.pop(("gradients", "gradients")) - in_ops
     return cells
 
 
@@ -228,7 +243,7 @@ def _op_table(name, split):
     columns = ["ours, by op", "calls", "forward", "backward", "together", "share"]
     table = Table(f"{name}: by op, medians of a step under the profiler", columns)
     for row in split:
-        parts = [row[phase] for phase in PHASES if phase in row]
+        parts = [row[part] for part in PARTS if part in row]
         directions = [duration(row[p]) if p in row else "" for p in ("forward", "backward")]
         cells = [str(row["calls"]), *directions, duration(sum(parts)), f"{row['share']:.1%}"]
         table.rows.append([row["name"], *cells])

@@ -657,11 +657,13 @@ def _binary(name):
 
 for _symbol, _name in (
     ("add", "add"), ("sub", "subtract"), ("mul", "multiply"), ("truediv", "divide"), ("pow", "pow"),
-    ("matmul", "matmul"),
 ):  # fmt: skip
     _forward, _reflected = _binary(_name)
     setattr(Tensor, f"__{_symbol}__", _forward)
     setattr(Tensor, f"__r{_symbol}__", _reflected)
+
+
+_MATMUL = TABLE["matmul"]
 
 
 def _power(self, exponent):
@@ -672,13 +674,15 @@ def _power(self, exponent):
 
 def _matmul(a, b):
     """a @ b; one axis alone is a row on the left and a column on the right, as in NumPy."""
+    if isinstance(b, Tensor) and a.ndim > 1 and b.ndim > 1:
+        return apply(_MATMUL, a, b)
     a, b = (t if isinstance(t, Tensor) else Tensor(t) for t in (a, b))
     if not a.ndim or not b.ndim:
         raise ValueError(
             f"matmul of shapes {a.shape} and {b.shape}: both need an axis; use * instead"
         )
     rows, columns = a.ndim == 1, b.ndim == 1
-    y = apply(TABLE["matmul"], a.unsqueeze(0) if rows else a, b.unsqueeze(1) if columns else b)
+    y = apply(_MATMUL, a.unsqueeze(0) if rows else a, b.unsqueeze(1) if columns else b)
     if rows:
         y = y.squeeze(-2)
     return y.squeeze(-1) if columns else y
