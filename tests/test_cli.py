@@ -295,14 +295,14 @@ def assert_refused(done, *parts):
         ("--data short.txt", ["one window needs 129", "use a longer text"]),
         ("--data latin1.txt", ["latin1.txt is not UTF-8 at byte offset 2", "convert it"]),
         ("--data .", ["is a directory"]),
-        ("--vocab-size 256", ["vocab_size must be at least 257", "got 256"]),
-        ("--vocab-size -1", ["vocab_size is a positive integer, not -1"]),
+        ("--vocab-size 256", ["--vocab-size 256 is too small: give 257 or more"]),
+        ("--vocab-size -1", ["--vocab-size -1 is too small"]),
         ("--heads 3", ["--heads 3 does not divide --dim 128"]),
         ("--steps 0", ["--steps", "1"]),
         ("--batch-size -4", ["--batch-size", "1"]),
         ("--seed -1", ["--seed", "0"]),
-        ("--lr 0", ["lr must be above 0, got 0"]),
-        ("--lr nan", ["lr must be above 0, got nan"]),
+        ("--lr 0", ["lr must be a number above 0, got 0"]),
+        ("--lr nan", ["lr must be a number above 0, got nan"]),
         ("--lr fast", ["--lr", "number"]),
         ("--speed 3", ["--speed", "train --help"]),
         ("--resume", ["--resume needs --out DIR"]),
@@ -359,7 +359,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(tmp_path, text_file)
         ("--model none x", ["none does not exist"]),
         ("--model . x", ["has no config.json"]),
         ("--model RUN ''", ["the prompt is empty"]),
-        ("--model RUN x --temperature -1", ["temperature must be 0 or more, got -1"]),
+        ("--model RUN x --temperature -1", ["temperature must be a number from 0 on, got -1"]),
         ("--model RUN x --top-k 0", ["--top-k"]),
         ("--model RUN x --max-tokens -5", ["--max-tokens"]),
         ("--model RUN", ["prompt"]),
@@ -410,3 +410,29 @@ def test_help_explains_every_option():
         assert re.search(rf"--{option}\b.*\w+ \w+", text), option
     assert run().stdout == run("--help").stdout != ""
     assert_refused(run("dance"), "dance", "--help")
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer.json"])
+def test_a_foreign_tokenizer_in_the_directory_is_not_overwritten(tmp_path, name):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("precious")
+    assert_refused(run("train", *TINY, *STEPS, "--out", "mine", cwd=tmp_path), name, "lost")
+    assert (tmp_path / "mine" / name).read_text() == "precious"
+
+
+@pytest.mark.parametrize("option", ["--batch-size", "--layers", "--dim"])
+def test_what_cannot_fit_into_memory_is_refused_at_once(tmp_path, option):
+    done = run("train", option, 100_000_000, cwd=tmp_path)
+    assert_refused(done, "GiB", "smaller")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_standard_output_that_is_full_is_one_line(trained):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, "generate", "--model", str(trained[0]), "hello"],
+            env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, encoding="utf-8", timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "No space left" in done.stderr

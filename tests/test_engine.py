@@ -944,12 +944,58 @@ def test_one_element_becomes_a_python_number():
 
 def test_a_tensor_converts_to_an_array():
     x = leaf(2, 3)
-    assert np.asarray(x.detach()) is not None
-    np.testing.assert_array_equal(np.asarray(x), x.data)
+    np.testing.assert_array_equal(np.asarray(x.detach()), x.data)
     np.testing.assert_array_equal(x.tolist(), x.data)
     assert x.detach().numpy() is x.data
-    with pytest.raises(RuntimeError, match="detach"):
-        x.numpy()
+    for convert in (Tensor.numpy, np.asarray, lambda x: Tensor([x])):
+        with pytest.raises(RuntimeError, match="detach"):
+            convert(x)
+
+
+def test_grad_through_a_freed_graph_says_so():
+    x = leaf(2)
+    h = x * 2
+    h.sum().backward()
+    for y in (h * 3, h * 3 + x):
+        with pytest.raises(RuntimeError, match="freed"):
+            grad(y.sum(), x, allow_unused=True)
+    assert grad((h * 3).sum(), h)[0].tolist() == [3, 3]  # what made h is not needed
+
+
+def test_in_place_operators_change_a_leaf_only_without_recording():
+    x, alias = leaf(3), None
+    alias, before = x, x.data.copy()
+    with no_grad():
+        x -= 0.5 * Tensor(np.ones(3))
+        x *= 2
+    assert x is alias and x.requires_grad and x.is_leaf
+    np.testing.assert_allclose(x.data, (before - 0.5) * 2)
+    with pytest.raises(TypeError, match="no_grad"):
+        x += 1
+    total = Tensor(0.0)
+    total += (x * x).sum()  # a sum of losses
+    total.backward()
+    np.testing.assert_allclose(x.grad.data, 2 * x.data)
+
+
+def test_only_integers_are_indices():
+    x = leaf(4, 3)
+    np.testing.assert_array_equal(x[np.array(-1)].data, x.data[-1])
+    np.testing.assert_array_equal(x[np.array([[-1, 0], [2, -4]])].data, x.data[[[-1, 0], [2, -4]]])
+    for wrong in (Tensor(1.7), np.array([4]), np.array([-5])):
+        with pytest.raises(IndexError):
+            x[wrong]
+
+
+def test_a_leaf_that_retains_its_gradient_is_left_alone_by_grad():
+    x = leaf(3).retain_grad()
+    grad((x * x).sum(), x)
+    assert x.grad is None
+
+
+def test_complex_numbers_have_no_gradient():
+    with pytest.raises(TypeError, match="floating-point"):
+        Tensor(np.ones(2, complex), requires_grad=True)
 
 
 def test_tensor_copies_and_the_class_does_not():

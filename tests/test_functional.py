@@ -416,3 +416,20 @@ def test_what_does_not_fit_is_said_in_one_line(f, kind, message, reading):
 def test_an_unknown_reduction_is_an_error_before_anything_is_computed():
     with pytest.raises(ValueError, match="reduction"):
         F.cross_entropy(Tensor(LOGITS), TARGETS, reduction="median")
+
+
+def test_masks_of_integers_and_dropout_of_integers_are_refused():
+    q = Tensor(np.ones((2, 3)))
+    with pytest.raises(TypeError, match="booleans"):
+        F.scaled_dot_product_attention(q, q, q, mask=np.ones((2, 2), int))
+    with pytest.raises(TypeError, match="floating-point"):
+        F.dropout(Tensor([1, 2, 3]), 0.5)
+    with pytest.raises(ValueError, match="attention: q"):
+        F.scaled_dot_product_attention(q[0], q[0], q[0])
+
+
+def test_a_power_of_zero_has_pytorchs_gradient():
+    x = Tensor(np.array([0.0, 3.0, 0.0]), requires_grad=True)
+    p = np.array([0.0, 2.0, 3.0])
+    (x**p).sum().backward()
+    assert x.grad.tolist() == [0, 6, 0]

@@ -128,12 +128,17 @@ def test_no_new_tokens_is_fine(model):
 @pytest.mark.parametrize(
     ("ids", "options", "error", "says"),
     [
-        ([[1]], {"temperature": -0.1}, ValueError, "temperature must be 0 or more, got -0.1"),
+        (
+            [[1]],
+            {"temperature": -0.1},
+            ValueError,
+            "temperature must be a number from 0 on, got -0.1",
+        ),
         (
             [[1]],
             {"temperature": float("nan")},
             ValueError,
-            "temperature must be 0 or more, got nan",
+            "temperature must be a number from 0 on, got nan",
         ),
         ([[1]], {"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
         ([[1]], {"max_new_tokens": -1}, ValueError, "max_new_tokens must be 0 or more, got -1"),
@@ -162,3 +167,10 @@ def test_stream_takes_one_prompt(model):
 def test_logits_that_are_no_numbers(bad):
     with pytest.raises(FloatingPointError, match="nan or infinite"):
         generate(Fixed([0.0, bad]), [[0]], 1)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_ids_that_the_tokenizer_lacks_are_never_drawn(temperature):
+    model = GPT(GPTConfig(50, 8, 8, 2, 1), Generator(0))
+    ids = generate(model, [[1]], 60, temperature, None, Generator(0), vocab_size=3)
+    assert ids.max() < 3

@@ -32,7 +32,7 @@ from strategies import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tinygrad_llm import Tensor, backend, grad
+from tinygrad_llm import Tensor, backend, functional, grad
 from tinygrad_llm.check import gradcheck
 from tinygrad_llm.ops import TABLE
 from tinygrad_llm.tensor import apply
@@ -561,3 +561,48 @@ def test_a_kernel_takes_integers_or_leaves_them_to_the_maths(op):
         agree(*results, 1e-6)
 
     holds(law, arguments(op, ties=True), examples=10)
+
+
+# --- hard numbers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reading", ["MATHS", "CPU"])
+@pytest.mark.parametrize("mask", [None, np.ones((3, 3), bool)], ids=["causal", "mask"])
+def test_attention_hands_nan_on(reading, mask):
+    q = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+    q[1, 2] = np.nan
+    with backend.using(getattr(backend, reading)), np.errstate(all="ignore"):
+        y = functional.scaled_dot_product_attention(q, q, q, mask=mask, is_causal=mask is None)
+    assert np.isnan(y.data[1]).all()
+
+
+@pytest.mark.parametrize("reading", ["MATHS", "CPU"])
+@pytest.mark.parametrize("n", [5, 96, 768, 1600])
+def test_layer_norm_of_a_large_mean_and_a_small_spread(reading, n):
+    rng = np.random.default_rng(n)
+    x = (1e4 + rng.standard_normal((6, n))).astype(np.float32)
+    exact = x.astype(np.float64) - x.astype(np.float64).mean(-1, keepdims=True)
+    exact /= np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5)
+    ones, zeros = np.ones(n, np.float32), np.zeros(n, np.float32)
+    with backend.using(getattr(backend, reading)):
+        found = functional.layer_norm(Tensor(x), ones, zeros).data
+        constant = functional.layer_norm(Tensor(np.full((2, n), 1e5, np.float32)), ones, zeros).data
+    limit = 5e-3 if reading == "MATHS" else 1e-5  # the kernel centres twice
+    assert np.abs(found - exact).max() < limit
+    assert np.abs(constant).max() == 0
+
+
+@pytest.mark.parametrize("reading", ["MATHS", "CPU"])
+def test_attention_where_the_bound_of_the_scores_is_no_number(reading):
+    q, k = np.full((2, 1), 1e-25, np.float32), np.array([[1e30], [-1e30]], np.float32)
+    with backend.using(getattr(backend, reading)), np.errstate(all="ignore"):
+        y = functional.scaled_dot_product_attention(q, k, np.ones((2, 1), np.float32))
+    np.testing.assert_allclose(y.data, 1)
+
+
+@pytest.mark.parametrize("reading", ["MATHS", "CPU"])
+def test_gelu_far_out_is_a_straight_line(reading):
+    x = Tensor(np.array([-1e14, 1e14], np.float32), requires_grad=True)
+    with backend.using(getattr(backend, reading)), np.errstate(all="ignore"):
+        functional.gelu(x, approximate="tanh").sum().backward()
+    assert x.grad.tolist() == [0, 1]

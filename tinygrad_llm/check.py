@@ -31,7 +31,8 @@ def gradcheck(f, *inputs, directions=3, seed=0):
     inputs      arrays or Tensors: floating-point ones are differentiated, in float64; integers and
                 booleans are passed on. To hold a floating-point argument constant, close over it.
     directions  how many random pairs (u, g) to try
-    Raises GradientError if a gradient is wrong, ValueError if f is not deterministic.
+    Raises GradientError if a gradient is wrong, ValueError if f is not deterministic, TypeError if
+    there is nothing to differentiate.
     """
     point = _Point(f, inputs)
     rng = np.random.default_rng(seed)
@@ -59,6 +60,9 @@ class _Point:
         self.constants = {i: a for i, a in enumerate(arrays) if a.dtype.kind != "f"}
         self.positions = [i for i, a in enumerate(arrays) if a.dtype.kind == "f"]
         self.xs = [arrays[i].astype(np.float64) for i in self.positions]
+        if not self.positions:
+            kinds = ", ".join(str(a.dtype) for a in arrays) or "none"
+            raise TypeError(f"no input to differentiate: pass floating-point arrays, not {kinds}")
         self.size = max([x.size for x in self.xs], default=1)
         with no_grad():
             first, second = self._call(self.xs).data, self._call(self.xs).data

@@ -162,9 +162,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("model_type") != "gpt2":
         kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{path} is of model_type {kind!r}: expected 'gpt2'")
-    missing = [name for name in ("vocab_size", "n_embd", "n_head", "n_layer") if name not in config]
-    if missing:
-        raise ValueError(f"{path} has no {', '.join(missing)}: expected the config of a GPT-2")
+    for name in ("vocab_size", "n_embd", "n_head", "n_layer"):
+        if type(config.get(name)) is not int:
+            raise ValueError(f"{path} has {name} {config.get(name)!r}: expected an integer")
+    if not isinstance(config.get(OUR_KEY, {}), dict):
+        raise ValueError(f"{path} has {OUR_KEY} {config[OUR_KEY]!r}: expected an object")
     for name, expected in _expected_settings(config).items():
         if config.get(name, expected[0]) not in expected:
             raise ValueError(f"{path} has {name} {config[name]!r}: supported is {expected[0]!r}")

@@ -40,12 +40,13 @@ from .generate import generate as generate_ids
 from .generate import stream
 from .gpt import GPT, GPTConfig
 from .parallel import default_threads
-from .tokenizer import BPETokenizer, StreamDecoder
+from .tokenizer import FILES, BPETokenizer, StreamDecoder
 from .train import Report, Trainer, TrainSettings, plot_losses
 
 PROGRAM = "tinygrad-llm"
 TOKENS = "tokens.npy"  # the encoded text, so that --resume needs no other file
 PLOT = "loss.png"
+RESULTS = (TRAINING_STATE, CONFIG, WEIGHTS, TOKENS, PLOT, *FILES)  # all that a run writes
 END_OF_TEXT = "<|endoftext|>"
 VALIDATION_PART = 0.1  # of the text, at its end
 EVALUATIONS = 12  # validation losses and checkpoints in a run
@@ -86,7 +87,9 @@ def train(
     heads: Annotated[int, typer.Option(min=1, help="Attention heads; must divide --dim.")] = 4,
     dim: Annotated[int, typer.Option(min=1, help="Numbers that stand for one token.")] = 128,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
-    seed: Annotated[int, typer.Option(min=0, help="Repeats a run exactly.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Repeats a run exactly, with the same --threads.")
+    ] = 0,
     threads: Annotated[
         int | None,
         typer.Option(min=1, help="Share out each step; without: one for each core, up to 4."),
@@ -162,8 +165,9 @@ class Run:
 def _new_run(out: Path | None, options: dict[str, Any], steps: int, screen: "Screen") -> Run:
     """Everything up to the first step. Nothing is written before all input has been checked."""
     _check_free(out or Path("runs"))
+    _check_vocab_size(options["vocab_size"])
     settings = _settings(options, steps)
-    _gpt_config(options, options["vocab_size"])
+    _check_memory(options, options["vocab_size"])
     text = read_corpus(options["data"], END_OF_TEXT) if options["data"] else embedded_corpus()
     tokenizer = _train_tokenizer(text, options["vocab_size"], screen)
     tokens = tokenizer.encode_array(text, allowed_special="all")
@@ -173,9 +177,14 @@ def _new_run(out: Path | None, options: dict[str, Any], steps: int, screen: "Scr
     trainer = Trainer(model, train_tokens, val_tokens, settings)
 
     directory = _made_directory(out)
-    write_tokens(directory / TOKENS, tokens)
     run = Run(directory, trainer, tokenizer, options, _first_words(tokens, tokenizer))
-    run.save()
+    try:
+        write_tokens(directory / TOKENS, tokens)
+        run.save()
+    except BaseException:  # a full disk, Ctrl-C: half a run would stand in the way of the next
+        for name in RESULTS:
+            (directory / name).unlink(missing_ok=True)
+        raise
     screen.say(
         f"{len(text):,} characters are {len(tokens):,} tokens; "
         f"a GPT of {model.num_parameters():,} parameters trains for {steps:,} steps"
@@ -226,6 +235,31 @@ def _first_words(tokens: np.ndarray, tokenizer: BPETokenizer) -> str:
     return " ".join(line.split()[:5])[:60] or "The"
 
 
+def _check_vocab_size(vocab_size: int) -> None:
+    if vocab_size < 257:
+        raise ValueError(
+            f"--vocab-size {vocab_size} is too small: give 257 or more, "
+            "for the 256 bytes and the end-of-text token"
+        )
+
+
+def _check_memory(options: dict[str, Any], vocab_size: int) -> None:
+    """Raises ValueError for a model or batch that this machine certainly cannot hold."""
+    cfg = _gpt_config(options, vocab_size)
+    weights = 4 * cfg.num_parameters()  # bytes; also their gradients and AdamW's two moments
+    per_token = 4 * (16 * cfg.emb_dim * cfg.n_layers + 2 * vocab_size)  # what backward needs
+    needed = 4 * weights + options["batch_size"] * options["context"] * per_token
+    if not hasattr(os, "sysconf"):  # Windows
+        return
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > available:
+        raise ValueError(
+            f"this needs at least {needed / 2**30:,.0f} GiB, the machine has "
+            f"{available / 2**30:,.0f}: use a smaller --batch-size, --context, --dim, --layers or "
+            "--vocab-size"
+        )
+
+
 def _check_free(out: Path) -> None:
     """Raises ValueError if this directory cannot be written, or something in it would be lost."""
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
@@ -240,7 +274,7 @@ def _check_free(out: Path) -> None:
             f"--out {out} already holds a training run: add --resume to go on with it, "
             "or choose another directory"
         )
-    ours = [name for name in (CONFIG, WEIGHTS, TOKENS, PLOT) if (out / name).exists()]
+    ours = [name for name in RESULTS if (out / name).exists()]
     if ours:
         raise ValueError(f"--out {out} has a {ours[0]}, which would be lost: choose another place")
 
@@ -274,10 +308,10 @@ def _resumed_run(
     _check_same_options(out, {name: options[name] for name in given & saved.keys()}, saved)
     _check_steps_left(out, state["trainer"], steps)
 
-    tokenizer = BPETokenizer.load(out)
     tokens = open_tokens(out / TOKENS)
     train_tokens, val_tokens = train_val_split(tokens, VALIDATION_PART, saved["context"])
     trainer = Trainer.resume(state["trainer"], train_tokens, val_tokens, steps)
+    tokenizer = load_tokenizer(out, trainer.model)
     return Run(out, trainer, tokenizer, saved, _first_words(tokens, tokenizer))
 
 
@@ -403,7 +437,9 @@ def generate(
         ids = tokenizer.encode(prompt, allowed_special="all")
         generator = random.Generator(randbits(32) if seed is None else seed)
         stop_id = tokenizer.special_tokens.get(END_OF_TEXT)
-        new_ids = stream(gpt, ids, max_tokens, temperature, top_k, generator, stop_id)
+        new_ids = stream(
+            gpt, ids, max_tokens, temperature, top_k, generator, stop_id, tokenizer.vocab_size
+        )
     decoder = StreamDecoder(tokenizer)
     _write(prompt)
     for token_id in new_ids:
@@ -535,9 +571,12 @@ def main() -> None:
     except UsageError as error:
         command = error.ctx.command_path if error.ctx else PROGRAM
         exit_code = _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
+    except OSError as error:  # standard output cannot be written
+        exit_code = _fail(_described(error))
     except MemoryError as error:
         exit_code = _fail(f"{error}: use a smaller --batch-size, --context, --dim or --vocab-size")
     except (KeyboardInterrupt, typer.Abort):
+        print(f"{PROGRAM}: stopped", file=sys.stderr)
         exit_code = 130
     sys.exit(exit_code)
 

@@ -90,6 +90,8 @@ def split(x, size, axis=0):
     listed.
     """
     x = _tensor(x)
+    if not -x.ndim <= axis < x.ndim:
+        raise IndexError(f"split: axis {axis} is out of range for shape {x.shape}")
     length = x.shape[axis]
     if isinstance(size, int):
         if size < 1:
@@ -172,7 +174,7 @@ def scaled_dot_product_attention(
     is_causal   query i of T sees keys j <= i + S - T
     scale       1/√D by default
     """
-    if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
+    if min(q.ndim, k.ndim, v.ndim) < 2 or q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
         raise ValueError(
             f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not fit; "
             "expected (..., T, D), (..., S, D), (..., S, E)"
@@ -180,6 +182,11 @@ def scaled_dot_product_attention(
     seen, bias = True, 0.0
     if mask is not None:
         mask = _tensor(mask)
+        if mask.dtype.kind not in "bf":
+            raise TypeError(
+                "attention: a mask holds booleans (true: the key is seen) or floats (added to the "
+                f"scores), not {mask.dtype}; use mask.astype(bool)"
+            )
         seen, bias = (mask, 0.0) if mask.dtype == np.bool else (True, mask)
     keep = 1.0
     if dropout_p:
@@ -275,7 +282,7 @@ def _integers(ids, name):
     ids = ids.data if isinstance(ids, Tensor) else np.asarray(ids)
     if ids.dtype.kind not in "iu":
         raise TypeError(f"{name} takes integers, not {ids.dtype}")
-    return ids
+    return ids.astype(np.int64, copy=False)
 
 
 def _check_range(ids, n, what):
@@ -301,6 +308,8 @@ def _keep_mask(shape, p, dtype, generator):
         raise ValueError(f"dropout probability {p} is not between 0 and 1")
     if p == 0:
         return None
+    if dtype.kind not in "fc":  # complex: the gradient checker's numbers
+        raise TypeError(f"dropout is for floating-point tensors, not {dtype}")
     generator = generator or random.default_generator
     kept = generator.bernoulli(1 - p, shape).astype(dtype)
     return kept if p == 1 else kept / dtype.type(1 - p)

@@ -22,6 +22,7 @@ def generate(
     top_k: int | None = None,
     generator: random.Generator | None = None,
     stop_id: int | None = None,
+    vocab_size: int | None = None,
 ) -> np.ndarray:
     """Continues each row of `ids` (B, T): returns (B, T + n) int64 with n <= max_new_tokens.
 
@@ -29,6 +30,7 @@ def generate(
     top_k        only the k likeliest tokens may be drawn
     generator    source of randomness; default: the library's own
     stop_id      ends a row and fills the rest of it; when it has ended every row, n is reached
+    vocab_size   only ids below it may be drawn: a model may have more than its tokenizer
 
     The model sees at most its context length: the last tokens of a longer text. Its train or eval
     mode is as before afterwards.
@@ -37,7 +39,7 @@ def generate(
     or infinite.
     """
     ids = _prompts(ids)
-    chooser = _Chooser(temperature, top_k, generator)
+    chooser = _Chooser(temperature, top_k, generator, vocab_size)
     columns = list(_continue(model, ids, _count(max_new_tokens), chooser, stop_id))
     return np.concatenate([ids, *(column[:, None] for column in columns)], axis=1)
 
@@ -50,6 +52,7 @@ def stream(
     top_k: int | None = None,
     generator: random.Generator | None = None,
     stop_id: int | None = None,
+    vocab_size: int | None = None,
 ) -> Iterator[int]:
     """Yields the ids that follow one prompt (T,) or (1, T), each as soon as it is chosen.
 
@@ -59,7 +62,7 @@ def stream(
     ids = _prompts(ids)
     if len(ids) != 1:
         raise ValueError(f"stream continues one prompt, not {len(ids)}: use generate for a batch")
-    chooser = _Chooser(temperature, top_k, generator)
+    chooser = _Chooser(temperature, top_k, generator, vocab_size)
     columns = _continue(model, ids, _count(max_new_tokens), chooser, stop_id)
     return (int(column[0]) for column in columns)
 
@@ -107,15 +110,22 @@ def _last_logits(model: Any, ids: np.ndarray) -> np.ndarray:
 class _Chooser:
     """Draws a token for each row of logits (B, V), as `generate` describes: (B,) int64."""
 
-    def __init__(self, temperature: float, top_k: int | None, generator: random.Generator | None):
+    def __init__(
+        self,
+        temperature: float,
+        top_k: int | None,
+        generator: random.Generator | None,
+        vocab_size: int | None,
+    ):
         if not (temperature >= 0 and np.isfinite(temperature)):
-            raise ValueError(f"temperature must be 0 or more, got {temperature}")
+            raise ValueError(f"temperature must be a number from 0 on, got {temperature}")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}: None leaves it out")
-        self.temperature, self.top_k = temperature, top_k
+        self.temperature, self.top_k, self.vocab_size = temperature, top_k, vocab_size
         self.generator = generator or random.default_generator
 
     def __call__(self, logits: np.ndarray) -> np.ndarray:
+        logits = logits[:, : self.vocab_size]
         if self.temperature == 0:
             return logits.argmax(axis=-1)
         logits = logits.astype(np.float64)

@@ -18,7 +18,6 @@ from .ops import TABLE
 _age = itertools.count().__next__  # Tensors are numbered as they are made
 _FLOAT64 = np.dtype(np.float64)
 _NUMBERS = (int, float, bool)
-_FREED = (None, None, None, None)  # a node without inputs
 
 
 class _Recording(threading.local):
@@ -48,10 +47,9 @@ def is_grad_enabled():
 class Tensor:
     """An array that remembers how it was made.
 
-    data            NumPy array; Python floats become float32, integers int64; arrays keep their
-    dtype requires_grad   whether gradients are wanted; only floating-point tensors can have them
-    grad            after backward(): the sum of the gradients that reached this leaf, a Tensor, or
-    None
+    data            NumPy array: of float32 from Python floats, of int64 from integers
+    requires_grad   whether gradients are wanted; only floating-point tensors can have them
+    grad            None, or after backward() the sum of the gradients that reached this leaf
     """
 
     __slots__ = (
@@ -112,7 +110,7 @@ class Tensor:
         return self.data.tolist()
 
     def __array__(self, dtype=None, copy=None):
-        return np.array(self.data, dtype=dtype, copy=copy)
+        return np.array(self.numpy(), dtype=dtype, copy=copy)
 
     def __len__(self):
         if not self.shape:
@@ -148,7 +146,7 @@ class Tensor:
 
     def requires_grad_(self, requires_grad=True):
         """Switches recording on or off for this leaf, and returns it."""
-        if requires_grad and self.data.dtype.kind not in "fcV":
+        if requires_grad and self.data.dtype.kind not in "fV":  # V: bfloat16
             raise TypeError(f"only floating-point tensors have gradients, not {self.dtype}")
         if not requires_grad and not self.is_leaf:
             raise RuntimeError("only a leaf can stop requiring grad; use .detach()")
@@ -156,8 +154,8 @@ class Tensor:
         return self
 
     def retain_grad(self):
-        """Keeps the gradient of this intermediate result in .grad, too."""
-        self._retains_grad = True
+        """Keeps the gradient of this intermediate result in .grad, too; a leaf has it anyway."""
+        self._retains_grad = not self.is_leaf
         return self
 
     def detach(self):
@@ -226,7 +224,8 @@ class Tensor:
     def transpose(self, axis0, axis1):
         """Two axes exchanged."""
         axes = list(range(self.ndim))
-        axes[axis0], axes[axis1] = axes[axis1], axes[axis0]
+        axis0, axis1 = _axis(axis0, self.ndim), _axis(axis1, self.ndim)
+        axes[axis0], axes[axis1] = axis1, axis0
         return self.permute(axes)
 
     @property
@@ -356,7 +355,7 @@ def apply(op, *args, **attributes):
     if y.dtype == _FLOAT64 and not _may_be_float64(arrays, attributes):
         y = y.astype(np.float32)
     node = None
-    if recorded and _recording.on and y.dtype.kind in "fcV":
+    if recorded and _recording.on and y.dtype.kind in "fV":
         inputs = [a if isinstance(a, Tensor) else c for a, c in zip(args, arrays)]
         node = implementation, inputs, attributes, saved
     return _fill(Tensor.__new__(Tensor), y, node is not None, node)
@@ -419,7 +418,10 @@ def _between(y, xs):
     stack = [(y, False)]
     while stack:
         tensor, inputs_are_known = stack.pop()
-        inputs = (tensor._node or _FREED)[1] or ()
+        node = tensor._node
+        if node is not None and node[1] is None and id(tensor) not in wanted:
+            raise RuntimeError(_freed(node[0].op))
+        inputs = (node and node[1]) or ()
         parents = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
         if inputs_are_known:
             reaches[id(tensor)] = id(tensor) in wanted or any(reaches[id(t)] for t in parents)
@@ -463,10 +465,11 @@ def _walk(root, gradient, keep, only, create_graph, retain_graph):
             i = id(tensor)
             gradient = arrived.pop(i)
             node = tensor._node
-            if only is not None and i in only[0]:
-                keep(tensor, gradient, i in owned)
             if tensor._retains_grad or (only is None and node is None):
                 _add_to_leaf(tensor, gradient, i in owned)
+                owned.discard(i)
+            if only is not None and i in only[0]:
+                keep(tensor, gradient, i in owned)
             owned.discard(i)
             if node is None:
                 continue
@@ -640,12 +643,29 @@ def _getitem(x, key):
     key = key if isinstance(key, tuple) else (key,)
     key = tuple(k.data if isinstance(k, Tensor) else k for k in key)
     key = tuple(np.asarray(k, None if k else np.int64) if isinstance(k, list) else k for k in key)
-    key = tuple(int(k) if isinstance(k, np.ndarray) and k.ndim == 0 else k for k in key)
+    key = tuple(int(k) if _is_integers(k) and k.ndim == 0 else k for k in key)
+    if len(key) == 1 and x.ndim > 1 and _is_integers(key[0]):
+        return _rows(x, key[0])
     if not any(isinstance(k, np.ndarray) for k in key):
         return apply(TABLE["getitem"], x, key=key)
     positions = np.arange(x.numel()).reshape(x.shape)[key]  # of the chosen elements, row-major
     rows = apply(TABLE["embedding"], x.reshape(-1, 1), positions)
     return rows.reshape(positions.shape)
+
+
+def _is_integers(k):
+    return isinstance(k, np.ndarray) and k.dtype.kind in "iu"
+
+
+def _rows(x, positions):
+    """x[positions] for an array of integers: rows of a table, as in an embedding."""
+    n = len(x)
+    if positions.size and not (-n <= positions.min() and positions.max() < n):
+        raise IndexError(f"an index is out of range for axis 0 of shape {x.shape}")
+    rows = apply(
+        TABLE["embedding"], x.flatten(1), np.where(positions < 0, positions + n, positions)
+    )
+    return rows.reshape(positions.shape + x.shape[1:])
 
 
 def _binary(name):
@@ -693,6 +713,28 @@ Tensor.__matmul__ = Tensor.matmul = _matmul
 Tensor.__rmatmul__ = lambda self, other: _matmul(other, self)
 Tensor.__neg__ = lambda self: apply(TABLE["negative"], self)
 Tensor.__abs__ = lambda self: apply(TABLE["abs"], self)
+
+
+def _in_place(symbol, operator):
+    """x += y and so on: in no_grad() a leaf's data changes; elsewhere x names a new Tensor."""
+
+    def change(self, other):
+        if not (self.is_leaf and self.requires_grad):
+            return operator(self, other)
+        if _recording.on:
+            raise TypeError(
+                f"{symbol} on a leaf that requires grad, which the graph remembers: "
+                "do it inside no_grad(), or make a new Tensor"
+            )
+        self.data[...] = operator(self, other).data
+        return self
+
+    return change
+
+
+for _symbol in ("add", "sub", "mul", "truediv"):
+    _operator = getattr(Tensor, f"__{_symbol}__")
+    setattr(Tensor, f"__i{_symbol}__", _in_place(f"in-place {_symbol}", _operator))
 
 
 def _compare(symbol):

@@ -39,7 +39,8 @@ class TrainSettings:
     eval_interval   steps from one validation loss to the next
     eval_batches    batches of validation text, at most, for one validation loss
     seed            of the order in which windows are drawn
-    threads         that share out the rows of a batch; the same number repeats a run bit for bit
+    threads         that share out the rows of a batch; the same number repeats a run bit for bit;
+                    with dropout only one is used
     """
 
     steps: int
@@ -68,10 +69,10 @@ class TrainSettings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "grad_clip"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)}")
         for name in ("min_lr", "weight_decay", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be a number from 0 on, got {getattr(self, name)}")
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(
                 f"warmup_steps must be 0 to steps ({self.steps}), got {self.warmup_steps}"
@@ -133,10 +134,10 @@ class Trainer:
         with np.errstate(all="ignore"):  # nan and infinity are looked for below
             loss = self.shards.backward(self.model, ids, targets)
             norm = clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
-        self._check_finite(loss, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
-        self.optimizer.step()
+            self._check_finite(loss, norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate()
+            self.optimizer.step()
         self.step += 1
         self.losses.append(loss)
         return loss
@@ -150,7 +151,7 @@ class Trainer:
         s = self.settings
         with np.errstate(all="ignore"):
             loss = evaluate(
-                self.model, self.val_tokens, s.context, s.batch_size, s.eval_batches, s.threads
+                self.model, self.val_tokens, s.context, s.batch_size, s.eval_batches, self.shards
             )
         self._check_finite(loss)
         self.evaluations.append((self.step, loss))
@@ -160,7 +161,8 @@ class Trainer:
         if not all(map(math.isfinite, numbers)):
             raise FloatingPointError(
                 f"the loss or its gradient is nan or infinite after {self.step} steps: start again "
-                f"with lr, the learning rate, below {self.settings.lr:g}; what was saved is kept"
+                f"in another directory with lr, the learning rate, below {self.settings.lr:g}; "
+                "what was saved is kept"
             )
 
     # --- saving and going on ---
@@ -230,7 +232,7 @@ def evaluate(
     context: int,
     batch_size: int,
     max_batches: int | None = None,
-    threads: int = 1,
+    shards: Shards | None = None,
 ) -> float:
     """Mean loss per token, in nats, over windows of `tokens` (N,) that do not overlap.
 
@@ -241,7 +243,7 @@ def evaluate(
     windows = Windows(tokens, context, stride=context)
     count = len(windows) if max_batches is None else min(len(windows), max_batches * batch_size)
     chosen = np.arange(count) * len(windows) // count
-    shards, total = Shards(threads), 0.0
+    shards, total = shards or Shards(1), 0.0
     with evaluating(model):
         for start in range(0, count, batch_size):
             ids, targets = windows.batch(chosen[start : start + batch_size])  # each (B, T)

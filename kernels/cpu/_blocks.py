@@ -26,7 +26,7 @@ def sum_rows(x):
 def mean_last(x):
     """The mean over the last axis, kept: (..., n) -> (..., 1); again by BLAS."""
     n = x.shape[-1]
-    return (x @ np.full(n, 1 / n, x.dtype))[..., None]
+    return (x @ np.ones(n, x.dtype) / n)[..., None]
 
 
 def mean_product(a, b):

@@ -39,10 +39,10 @@ class gelu_tanh:
             np.multiply(xi, xi, out=d)  # x ⊙ (1 - t²) ⊙ du, du = √(2/π) (1 + 3 · 0.044715 x²)
             d *= 3 * 0.044715 * _C
             d += _C
-            d *= xi
             np.multiply(ti, ti, out=s)
             np.subtract(1, s, out=s)
-            d *= s
+            d *= s  # before x: where x³ would overflow, this is 0
+            d *= xi
             d += ti
             d += 1
             d *= 0.5

@@ -13,6 +13,7 @@ class layer_norm:
     @staticmethod
     def forward(x, w, b, *, eps=1e-5):
         x_hat = x - mean_last(x)
+        x_hat -= mean_last(x_hat)  # what rounding left of a mean that is large beside the spread
         r = 1 / np.sqrt(mean_product(x_hat, x_hat) + x.dtype.type(eps))  # (..., 1)
         x_hat *= r
         y = x_hat * w

@@ -3,6 +3,7 @@
 import codecs
 import os
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -38,13 +39,15 @@ def _read_text(path: Path) -> str:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
+        utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         raise ValueError(
-            f"{path} is not UTF-8 at byte offset {error.start}: convert it first, "
-            f"for example: iconv -f LATIN1 -t UTF-8 {path} > utf8.txt"
+            f"{path} is not UTF-8 at byte offset {error.start}: if it is text, convert it first, "
+            f"for example: iconv -f {'UTF-16' if utf16 else 'LATIN1'} -t UTF-8 "
+            f"{shlex.quote(str(path))} > utf8.txt"
         ) from None
     text = text.removeprefix(codecs.BOM_UTF8.decode())
     if not text.strip():
-        raise ValueError(f"{path} is empty: a corpus needs some text")
+        raise ValueError(f"{path} is empty, or white space alone: a corpus needs some text")
     return text
 
 

@@ -74,7 +74,7 @@ def open_tokens(path: str | Path) -> np.ndarray:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: write_tokens makes token files")
+        raise FileNotFoundError(f"{path}, the file of encoded text, does not exist")
     expected = "expected a one-dimensional .npy file of uint16 or uint32, as write_tokens makes it"
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)

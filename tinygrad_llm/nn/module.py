@@ -281,4 +281,4 @@ def _unfit(places, given):
             problems.append(f"{name} has shape {array.shape}, expected {tensor.shape}")
         elif other != name and not np.array_equal(array, given[other]):
             problems.append(f"{other} and {name} differ, but are tied here (untie them)")
-    return problems
+    return problems if len(problems) <= 3 else [*problems[:3], f"and {len(problems) - 3} more"]

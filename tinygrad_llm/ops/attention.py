@@ -38,7 +38,7 @@ class attention:
             seen = xp.tril(seen, k=n - T)
         S = scale * (q @ xp.matrix_transpose(k)) + B  # (..., T, n)
         lowest = float(xp.finfo(S.dtype).min)  # not -inf: a query that sees nothing must not be NaN
-        seen = seen & M & (S > -math.inf)
+        seen = seen & M & (S != -math.inf)
         P = xp.where(seen, xp.softmax(xp.where(seen, S, lowest)), 0.0)
         return (D * P) @ v, P
 

@@ -93,7 +93,8 @@ class pow:
     p̄ = g ⊙ y ⊙ log(x)"""
 
     def vjp(xp, g, y, x, p):
-        return g * p * x ** (p - 1), g * y * xp.log(xp.where(x > 0, x, 1.0))
+        less_one = xp.where(p == 0, 0.0, p - 1)  # 0 · x^-1 would be NaN at x = 0
+        return g * p * x**less_one, g * y * xp.log(xp.where(x > 0, x, 1.0))
 
 
 # --- exponentials ---------------------------------------------------------------------------------

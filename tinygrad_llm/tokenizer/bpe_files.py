@@ -46,6 +46,9 @@ def _printable_to_byte() -> dict[str, int]:
     return {character: byte for byte, character in byte_to_printable().items()}
 
 
+FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
+
+
 def write_directory(directory: Path, vocabulary: Vocabulary) -> None:
     """Write vocab.json, merges.txt, tokenizer.json and tokenizer_config.json."""
     merges, token_ids, special_tokens = vocabulary
