@@ -6,6 +6,8 @@ from ._blocks import mean_last, mean_product, sum_rows
 
 KERNELS = ("layer_norm", "rms_norm")
 
+_CENTRED = 1e-6  # a mean of x̂ up to this is zero, as float32 goes
+
 
 class layer_norm:
     """y = x̂ ⊙ w + b,  x̂ = (x - μ) ⊙ r,  r = 1/√(var + ε)."""
@@ -13,8 +15,11 @@ class layer_norm:
     @staticmethod
     def forward(x, w, b, *, eps=1e-5):
         x_hat = x - mean_last(x)
-        x_hat -= mean_last(x_hat)  # what rounding left of a mean that is large beside the spread
         r = 1 / np.sqrt(mean_product(x_hat, x_hat) + x.dtype.type(eps))  # (..., 1)
+        left = mean_last(x_hat)  # by rounding, of a mean that is large beside the spread
+        if np.abs(left * r).max() > _CENTRED:
+            x_hat -= left
+            r = 1 / np.sqrt(mean_product(x_hat, x_hat) + x.dtype.type(eps))
         x_hat *= r
         y = x_hat * w
         y += b
