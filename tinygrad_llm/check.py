@@ -34,8 +34,11 @@ def gradcheck(f, *inputs, directions=3, seed=0):
     Raises GradientError if a gradient is wrong, ValueError if f is not deterministic, TypeError if
     there is nothing to differentiate.
     """
-    point = _Point(f, inputs)
-    rng = np.random.default_rng(seed)
+    with np.errstate(all="ignore"):  # what is not finite is reported below
+        return _worst_error(_Point(f, inputs), directions, np.random.default_rng(seed))
+
+
+def _worst_error(point, directions, rng):
     worst = 0.0
     for _ in range(directions):
         g = rng.standard_normal(point.output_shape)

@@ -26,6 +26,13 @@ def _kept(shape, axis):
     return tuple(1 if i in reduced else n for i, n in enumerate(shape))
 
 
+def _to_the_chosen(xp, g, y, x, axis):
+    """g where x has the value y that was chosen, in equal shares: the vjp of max and of min."""
+    shape = _kept(x.shape, axis)
+    chosen = xp.astype(x == xp.reshape(y, shape), x.dtype)
+    return xp.reshape(g, shape) / xp.sum(chosen, axis=axis, keepdims=True) * chosen
+
+
 @op("(m,n)->()", examples=_AXES)
 class sum:
     """y = Σ_i x_i
@@ -57,10 +64,7 @@ class max:
     x̄_i = g [x_i = y] / #{j: x_j = y}"""
 
     def vjp(xp, g, y, x, *, axis=None, keepdims=False):
-        shape = _kept(x.shape, axis)
-        largest = xp.astype(x == xp.reshape(y, shape), x.dtype)
-        count = xp.sum(largest, axis=axis, keepdims=True)
-        return (xp.reshape(g, shape) / count * largest,)
+        return (_to_the_chosen(xp, g, y, x, axis),)
 
 
 @op("(m,n)->()", examples=_AXES)
@@ -71,10 +75,7 @@ class min:
     x̄_i = g [x_i = y] / #{j: x_j = y}"""
 
     def vjp(xp, g, y, x, *, axis=None, keepdims=False):
-        shape = _kept(x.shape, axis)
-        smallest = xp.astype(x == xp.reshape(y, shape), x.dtype)
-        count = xp.sum(smallest, axis=axis, keepdims=True)
-        return (xp.reshape(g, shape) / count * smallest,)
+        return (_to_the_chosen(xp, g, y, x, axis),)
 
 
 @op("(m,n)->()", examples=_AXES)
