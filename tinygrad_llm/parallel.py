@@ -16,7 +16,7 @@ from threadpoolctl import ThreadpoolController
 
 from . import backend
 from .gpt import GPT
-from .tensor import Tensor, grad, no_grad
+from .tensor import Tensor, leaf_gradients, no_grad
 
 IGNORED = -100  # a target that does not count
 
@@ -53,15 +53,14 @@ class Shards:
 
     def backward(self, model: GPT, ids: NDArray, targets: NDArray) -> float:
         """The same; and .grad of every parameter is its gradient, whatever it was before."""
-        parameters = [p for p in model.parameters() if p.requires_grad]
 
         def shard(ids, targets, weight):
             loss = model.loss(ids, targets)
-            return loss.item() * weight, grad(loss, parameters, weight, allow_unused=True)
+            return loss.item() * weight, leaf_gradients(loss, weight)
 
         losses, gradients = zip(*self._each(shard, model, ids, targets))
-        for parameter, parts in zip(parameters, zip(*gradients)):
-            parameter.grad = _sum(parts)
+        for parameter in model.parameters():
+            parameter.grad = _sum([found.get(id(parameter)) for found in gradients])
         return sum(losses)
 
     def _each(self, shard: Callable, model: GPT, ids: NDArray, targets: NDArray) -> list[Any]:
@@ -87,7 +86,7 @@ class Shards:
             return list(self._pool.map(run, rows))
 
 
-def _sum(gradients: tuple[Tensor | None, ...]) -> Tensor | None:
+def _sum(gradients: list[Tensor | None]) -> Tensor | None:
     """The sum of one parameter's gradients from all shards, in the first one's memory."""
     total, *others = [g for g in gradients if g is not None] or [None]
     for gradient in others:

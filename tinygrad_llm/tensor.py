@@ -169,7 +169,7 @@ class Tensor:
         retain_graph    keep what the graph holds, for another backward; default: create_graph
         create_graph    record the backward pass itself, for higher derivatives
         """
-        _walk(self, gradient, _add_to_leaf, None, create_graph, retain_graph)
+        _walk(self, gradient, _add_to_grad, None, create_graph, retain_graph)
 
     # --- the same data, moved ---
 
@@ -411,6 +411,17 @@ def grad(y, xs, gradient=None, retain_graph=None, create_graph=False, allow_unus
     return tuple(g if g is None or isinstance(g, Tensor) else Tensor(g) for g in gradients)
 
 
+def leaf_gradients(y, gradient=None):
+    """dy/d(leaf) for every leaf that requires one: {id(leaf): Tensor}; .grad is not touched."""
+    found = {}
+
+    def collect(leaf, gradient, owned):
+        found[id(leaf)] = Tensor(gradient if owned else gradient.copy())
+
+    _walk(y, gradient, collect, None, False, False)
+    return found
+
+
 def _between(y, xs):
     """The ids of the Tensors on some way from the xs to y, and which of them are xs."""
     wanted = {id(x) for x in xs}
@@ -432,7 +443,7 @@ def _between(y, xs):
     return wanted, {i for i, found in reaches.items() if found}
 
 
-def _add_to_leaf(tensor, gradient, owned):
+def _add_to_grad(tensor, gradient, owned):
     """Adds to .grad. A gradient that someone else may hold is copied, so that .grad is nobody's
     alias.
     """
@@ -465,10 +476,10 @@ def _walk(root, gradient, keep, only, create_graph, retain_graph):
             i = id(tensor)
             gradient = arrived.pop(i)
             node = tensor._node
-            if tensor._retains_grad or (only is None and node is None):
-                _add_to_leaf(tensor, gradient, i in owned)
+            if tensor._retains_grad:
+                _add_to_grad(tensor, gradient, i in owned)
                 owned.discard(i)
-            if only is not None and i in only[0]:
+            if node is None if only is None else i in only[0]:
                 keep(tensor, gradient, i in owned)
             owned.discard(i)
             if node is None:
