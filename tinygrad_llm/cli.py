@@ -4,6 +4,7 @@ What the user can put right ends in one line on stderr and exit code 2, and an i
 code 130. Any other exception is a bug of ours and shows its traceback.
 """
 
+import errno
 import logging
 import os
 import shlex
@@ -550,6 +551,9 @@ def user_input() -> Iterator[None]:
 
 
 def _described(error: Exception) -> str:
+    short_write = " requested and " in str(error)  # what NumPy says when a file is cut short
+    if isinstance(error, OSError) and (error.errno == errno.ENOSPC or short_write):
+        return "No space left to write: free some and try again; what was saved before is kept"
     if isinstance(error, OSError) and error.strerror:
         path = f"{error.filename}: " if error.filename else ""
         return f"{path}{error.strerror}; give a path that can be read and written"
