@@ -7,9 +7,7 @@ __all__ = ["Tensor", "grad", "is_grad_enabled", "no_grad", "tensor"]
 
 
 def tensor(data, dtype=None, requires_grad=False):
-    """A Tensor with a copy of `data`: integers become int64 and Python floats float32 by
-    default.
-    """
+    """A Tensor with a copy of `data`; integers become int64, Python floats float32."""
     copied = Tensor(data, dtype=dtype)
     copied.data = copied.data.copy()
     return copied.requires_grad_(requires_grad)

@@ -153,9 +153,7 @@ class Reading(dict):
 
 
 def _load_kernels(name):
-    """name -> kernel, from every module of a package of kernels; nothing if there is no such
-    package.
-    """
+    """name -> kernel, from all modules of a package; nothing if there is no such package."""
     try:
         package = importlib.import_module(name)
     except ModuleNotFoundError:
@@ -187,9 +185,7 @@ current = _Current()
 
 @contextlib.contextmanager
 def using(reading):
-    """Ops inside the `with` block run as `reading` says: `using(MATHS)` switches the kernels
-    off.
-    """
+    """Ops inside the block run as `reading` says: using(MATHS) switches the kernels off."""
     before, current.reading = current.reading, reading
     try:
         yield

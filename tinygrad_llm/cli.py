@@ -375,7 +375,8 @@ def _sample(run: Run) -> str:
     ids = run.tokenizer.encode_ordinary(run.prompt)
     generator = random.Generator(run.trainer.settings.seed)
     stop_id = run.tokenizer.end_of_text
-    ids = generate_ids(run.trainer.model, [ids], SAMPLE_TOKENS, 0.7, 40, generator, stop_id)
+    model, vocab_size = run.trainer.model, run.tokenizer.vocab_size
+    ids = generate_ids(model, [ids], SAMPLE_TOKENS, 0.7, 40, generator, stop_id, vocab_size)
     return indent(run.tokenizer.decode(ids[0]).strip(), "    ")
 
 

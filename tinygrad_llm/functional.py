@@ -86,9 +86,7 @@ def stack(tensors, axis=0):
 
 
 def split(x, size, axis=0):
-    """x in pieces along an axis: `size` long each (the last may be shorter), or of the sizes
-    listed.
-    """
+    """x in pieces along an axis, each `size` long (the last may be shorter) or as listed."""
     x = _tensor(x)
     if not -x.ndim <= axis < x.ndim:
         raise IndexError(f"split: axis {axis} is out of range for shape {x.shape}")
@@ -134,9 +132,7 @@ def linear(x, weight, bias=None):
 
 
 def embedding(ids, weight):
-    """Rows of a table.  ids (...) integers, weight (V, C) -> (..., C).  IndexError: an id not in
-    0..V-1.
-    """
+    """Rows of a table: ids (...) in 0..V-1 (else IndexError), weight (V, C) -> (..., C)."""
     ids = _integers(ids, "embedding")
     _check_range(ids, weight.shape[0], "embedding: id")
     return apply(TABLE["embedding"], weight, ids)
@@ -155,9 +151,7 @@ def rms_norm(x, weight, eps=1e-5):
 
 
 def dropout(x, p=0.5, training=True, generator=None):
-    """Zeroes each element with probability p and divides the others by 1 - p; x itself if not
-    training.
-    """
+    """In training: zeroes each element with probability p, divides the others by 1 - p."""
     x = _tensor(x)
     keep = _keep_mask(x.shape, p, x.dtype, generator) if training else None
     return x if keep is None else apply(TABLE["dropout"], x, keep)
@@ -233,9 +227,7 @@ def nll_loss(log_probabilities, targets, ignore_index=-100):
 
 
 def binary_cross_entropy(probabilities, targets):
-    """Mean of -(t log p + (1 - t) log(1 - p)); both of the same shape. No gradient to the
-    targets.
-    """
+    """Mean of -(t log p + (1 - t) log(1 - p)), same shapes. The targets get no gradient."""
     return _pairs("binary_cross_entropy", probabilities, targets)
 
 

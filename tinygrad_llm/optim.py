@@ -5,6 +5,7 @@ position: a restart must list the parameters in the same order.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -15,7 +16,7 @@ from .tensor import Tensor
 _BLOCK = 1 << 16  # elements that are updated at a time: their arrays together fit the cache
 
 
-class Optimizer:
+class Optimizer(ABC):
     """Base class: groups of parameters, each with its own options; subclasses write `_update`.
 
     params      Parameters, or dictionaries {"params": [...], option: value}, whose options replace
@@ -81,9 +82,9 @@ class Optimizer:
         for group, saved in zip(self.param_groups, groups, strict=True):
             group.update({**saved, "params": group["params"]})
 
+    @abstractmethod
     def _update(self, p, g, state, group):
         """Changes the array p in place, given its gradient g; keeps its own arrays in `state`."""
-        raise NotImplementedError
 
     def _check_saved(self, states, groups):
         owner = f"{type(self).__name__}.load_state_dict"

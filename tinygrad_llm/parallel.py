@@ -64,9 +64,7 @@ class Shards:
         return sum(losses)
 
     def _each(self, shard: Callable, model: GPT, ids: NDArray, targets: NDArray) -> list[Any]:
-        """shard(ids, targets, weight) for each thread's rows; the weights are shares of the
-        mean.
-        """
+        """shard(ids, targets, weight) for each thread's rows; weights are shares of the mean."""
         draws_masks = model.training and model.cfg.drop_rate > 0
         if self._pool is None or draws_masks or len(ids) == 1:
             return [shard(ids, targets, 1.0)]

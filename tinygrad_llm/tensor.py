@@ -29,9 +29,7 @@ _recording = _Recording()
 
 @contextlib.contextmanager
 def no_grad():
-    """Nothing is recorded inside: results have requires_grad=False, and no memory is kept for
-    them.
-    """
+    """Nothing is recorded inside: results do not require grad, and no memory is kept for them."""
     before, _recording.on = _recording.on, False
     try:
         yield
@@ -90,9 +88,7 @@ class Tensor:
         return self.shape if axis is None else self.shape[axis]
 
     def numpy(self):
-        """The data itself, not a copy. Raises RuntimeError if it requires a gradient: detach()
-        first.
-        """
+        """The data itself, not a copy. RuntimeError if it requires grad: detach() first."""
         if self.requires_grad:
             raise RuntimeError("numpy() of a Tensor that requires grad; use .detach().numpy()")
         return self.data
@@ -444,9 +440,7 @@ def _between(y, xs):
 
 
 def _add_to_grad(tensor, gradient, owned):
-    """Adds to .grad. A gradient that someone else may hold is copied, so that .grad is nobody's
-    alias.
-    """
+    """Adds to .grad; copies what someone else may hold, so that .grad is nobody's alias."""
     if isinstance(gradient, Tensor):  # a recorded backward pass
         tensor.grad = gradient.clone() if tensor.grad is None else tensor.grad + gradient
     elif tensor.grad is None:
@@ -648,9 +642,7 @@ tape = Tape()
 
 
 def _getitem(x, key):
-    """Slices and integers are the op getitem; arrays of indices and masks are looked up like
-    words.
-    """
+    """Slices and integers are the op getitem; arrays and masks are looked up like words."""
     key = key if isinstance(key, tuple) else (key,)
     key = tuple(k.data if isinstance(k, Tensor) else k for k in key)
     key = tuple(np.asarray(k, None if k else np.int64) if isinstance(k, list) else k for k in key)

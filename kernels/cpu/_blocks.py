@@ -16,9 +16,7 @@ def blocks(n, size=SIZE):
 
 
 def sum_rows(x):
-    """Σ over all axes but the last: (..., n) -> (n,). As a matrix product, since BLAS sums
-    fastest.
-    """
+    """Σ over all axes but the last: (..., n) -> (n,); as a product, since BLAS sums fastest."""
     rows = x.reshape(-1, x.shape[-1])
     return np.ones(len(rows), x.dtype) @ rows
 

@@ -19,8 +19,8 @@ class Op:
     vjp(xp, g, y, *arrays, **attributes[, saved]) -> one gradient (or None) for each array
 
     `g` has y's shape. A gradient may come back in the *broadcast* shape of its array: the engine
-    sums it down. `saved` is whatever `forward` kept; the engine computes it again where it was not
-    kept.
+    sums it down. `saved` is whatever `forward` kept; where it was not kept, the engine
+    computes it again.
     """
 
     def __init__(self, cls, signature, fixed, domains, examples):
@@ -48,9 +48,7 @@ class Op:
         return f"<op {self.name} {self.signature}>"
 
     def bind(self, args, keywords):
-        """Splits a call `op(x, 2)` into arrays and attributes: surplus positionals are
-        attributes.
-        """
+        """Splits the arguments of a call: positionals beyond the arrays are attributes."""
         if self.variadic:
             arrays = args[0] if len(args) == 1 and isinstance(args[0], list | tuple) else args
             return arrays, keywords
