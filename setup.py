@@ -26,11 +26,11 @@ setup(
         "typer>=0.12",
         "rich>=13",
         "matplotlib>=3.8",
+        "hypothesis>=6.100",
     ],
     extras_require={
         "test": [
             "pytest>=8",
-            "hypothesis>=6.100",
             "torch==2.13.0",
             "array-api-compat>=1.12",
             "array-api-strict>=2.3",

@@ -1,4 +1,6 @@
-"""The command line: `python -m benchmarks ops | train | shakespeare`, from the repository root.
+"""The command line, from the repository's root:
+
+    python -m benchmarks ops | train | shakespeare | gradcheck
 
 Each command sets the number of threads first and imports the rest afterwards: see machine.py.
 """
@@ -118,6 +120,30 @@ def shakespeare(
     settings = {"steps": steps, "seeds": seeds, "eval_batches": eval_batches}
     result = Result("shakespeare", settings, {"runs": runs}, [job.table(runs, steps)], [note])
     finish(result, description, save, results)
+
+
+@app.command()
+def gradcheck(
+    op: Annotated[
+        list[str] | None, typer.Option(help="Ops; may be repeated. Without: every op.")
+    ] = None,
+    cases: Annotated[int, typer.Option(min=2, help="Arguments to try each op with.")] = 16,
+    threads: Threads = 1,
+    save: Save = False,
+    results: Results = RESULTS,
+):
+    """Which planted bugs PyTorch's gradient checker finds, and which ones ours finds."""
+    description = prepare(threads, peer=True)
+    clock = Method.for_threads(threads, rounds=1).clock
+    from .gradcheck import TABLE, measure_bugs, measure_sizes
+
+    if unknown := sorted(set(op or ()) - set(TABLE)):
+        fail(f"no op named {', '.join(unknown)}")
+    data, tables, notes = measure_bugs(op or list(TABLE), cases, clock, say)
+    say("checking large arrays")
+    data["large arrays"], more = measure_sizes(clock)
+    settings = {"ops": ", ".join(op or ["all"]), "cases": cases}
+    finish(Result("gradcheck", settings, data, [*tables, more], notes), description, save, results)
 
 
 RATIO_NOTE = (

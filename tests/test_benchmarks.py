@@ -117,6 +117,36 @@ def test_shakespeare_without_its_text(tmp_path):
         read(str(tmp_path))
 
 
+@needs_torch
+def test_gradcheck(tmp_path):
+    small = ["--op", "relu", "--op", "gelu_tanh", "--cases", "4", "--threads", "1"]
+    done = run("gradcheck", *small, "--save", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    results = saved(tmp_path, "gradcheck")
+    bugs = {f"{bug['where']}: {bug['bug']}": bug for bug in results["bugs"]}
+    last_digits = bugs["gelu_tanh.vjp: 0.0447 for 0.044715"]["found"]
+    assert last_digits == {
+        "PyTorch slow": False, "PyTorch fast": False, "our gradcheck": True, "all laws": True,
+    }  # fmt: skip
+    assert bugs["gelu_tanh.vjp: tanh is not squared"]["found"].keys() == last_digits.keys()
+    assert all(bugs["gelu_tanh.vjp: tanh is not squared"]["found"].values())
+    assert bugs["relu.vjp: the kink counts as positive"]["law"] == "ties"
+    relu, gelu_tanh = results["false_alarms"]
+    assert relu["PyTorch slow"]["smooth"] == 0 < relu["PyTorch slow"]["ties"]
+    assert relu["our gradcheck"] == gelu_tanh["PyTorch fast"] == {"smooth": 0, "ties": 0}
+    assert relu["all laws"] == []
+    assert all(seconds > 0 for seconds in results["seconds"].values())
+    assert all(row["found"]["our gradcheck"] for row in results["large arrays"])
+    assert results["large arrays"][0]["found"]["PyTorch slow"] is None  # too big
+
+
+@needs_torch
+def test_gradcheck_of_an_unknown_op():
+    done = run("gradcheck", "--op", "gellu")
+    assert done.returncode == 2
+    assert "no op named gellu" in done.stderr and done.stderr.count("\n") == 1
+
+
 # --- what they are made of ------------------------------------------------------------------------
 
 

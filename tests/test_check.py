@@ -1,13 +1,16 @@
 """The checker is checked: planted bugs are caught and named, and what is right is never accused."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 
 from tinygrad_llm import Tensor, backend, no_grad
 from tinygrad_llm import functional as F  # noqa: N812
-from tinygrad_llm.check import GradientError, gradcheck
+from tinygrad_llm.check import GradientError, MeasurementError, gradcheck
+from tinygrad_llm.check.derivative import central_differences, one_sided_differences
+from tinygrad_llm.check.rounding import spread
 from tinygrad_llm.ops import TABLE, op
 from tinygrad_llm.random import Generator
 from tinygrad_llm.tensor import apply
@@ -16,20 +19,29 @@ from tinygrad_llm.tensor import apply
 
 
 @pytest.fixture
-def plant():
+def define():
+    """define(forward, vjp, signature): an op of one's own, as a function of Tensors."""
+    known = set(TABLE)
+
+    def new(forward, vjp, signature="()->()", **options):
+        body = {"__doc__": "y = f(x)", "forward": forward, "vjp": vjp}
+        cls = type(f"own_op_{len(TABLE)}", (), body)
+        return partial(apply, op(signature, **options)(cls))
+
+    yield new
+    for name in set(TABLE) - known:
+        del TABLE[name]
+
+
+@pytest.fixture
+def plant(define):
     """plant(name, vjp): the op of that name with another vjp, as a function of Tensors."""
-    planted = []
 
     def wrong(name, vjp):
         right = TABLE[name]
-        body = {"__doc__": right.doc, "forward": right.forward, "vjp": vjp}
-        planted.append(f"wrong_{name}_{len(planted)}")
-        wrong_op = op(right.signature, fixed=" ".join(right.fixed))(type(planted[-1], (), body))
-        return lambda *arrays, **attributes: apply(wrong_op, *arrays, **attributes)
+        return define(right.forward, vjp, right.signature, fixed=" ".join(right.fixed))
 
-    yield wrong
-    for name in planted:
-        del TABLE[name]
+    return wrong
 
 
 def normal(*shape, seed=0):
@@ -177,6 +189,22 @@ def test_a_planted_bug_is_caught_at_any_scale_and_with_any_seed(plant, bug, loss
             gradcheck(lambda *xs: loss(wrong(*xs, **attributes), weights), *inputs, seed=seed)
 
 
+@pytest.mark.parametrize("bug", [b for k, b in BUGS.items() if "1,000,000" not in k])
+def test_a_planted_bug_is_caught_by_differences_too(plant, bug):
+    name, vjp, inputs, attributes, accused = bug
+    wrong = plant(name, vjp)
+    with pytest.raises(GradientError, match=f"gradient of input {accused}, .*central differences"):
+        gradcheck(lambda *xs: wrong(*xs, **attributes), *inputs, derivative="differences")
+
+
+def test_the_error_says_all_that_its_message_says(plant):
+    wrong = plant("power", square_without(4))
+    with pytest.raises(GradientError) as error:
+        gradcheck(lambda n, x: wrong(x, exponent=2), np.array(3), normal(7))
+    assert (error.value.input, error.value.element, error.value.analytic) == (1, (4,), 0)
+    assert f"a complex step gives {error.value.numeric:.12g} " in str(error.value)
+
+
 def test_a_backward_of_zero_is_caught_when_the_loss_is_a_plain_sum_scaled_by_a_ten_millionth(plant):
     wrong = plant("power", square_without(np.s_[:]))
     for seed in range(20):
@@ -218,6 +246,59 @@ def test_positions_count_the_integers_too(plant):
         gradcheck(lambda t, m, w: F.where(m, wrong(w, t), 0.0), IDS, np.array(True), normal(4, 3))
 
 
+# --- attempts to get by ---------------------------------------------------------------------------
+
+
+def test_a_backward_pass_that_is_all_rounding_excuses_nothing(define):
+    def noisy(large):
+        return lambda xp, g, y, x: ((g * y + large) - large,)
+
+    for large in (1e12, 1e17, 1e30):
+        with pytest.raises(GradientError):
+            gradcheck(define(lambda xp, x: xp.exp(x), noisy(large)), normal(3, 4))
+
+
+def test_a_large_input_hides_no_small_one(define):
+    zero = define(lambda xp, x: x * 1.0, lambda xp, g, y, x: (0 * g,))
+    with pytest.raises(GradientError, match="gradient of input 1,"):
+        gradcheck(lambda a, b: 1 / a + zero(b), normal(3) * 1e-8, normal(3, seed=1))
+    with pytest.raises(GradientError, match="gradient of input 1,"):
+        gradcheck(lambda a, b: a * 1e9 + zero(b) * 1e-3, normal(3), normal(3, seed=1))
+
+
+def test_a_tiny_element_hides_no_other(define):
+    def vjp(xp, g, y, x):
+        return (g / x * xp.where(x > 0.5, 2.0, 1.0),)
+
+    with pytest.raises(GradientError, match=r"at element \((1|2),\)"):
+        gradcheck(define(lambda xp, x: xp.log(x), vjp), np.array([1e-16, 1.0, 2.0]))
+
+
+def test_an_input_on_the_bound_of_a_branch_hides_no_error_elsewhere(define):
+    def vjp(xp, g, y, x):
+        return (g * xp.cos(x) * (1 + 1e-8),)
+
+    wrong = define(lambda xp, x: xp.sin(x), vjp)
+    with pytest.raises(GradientError, match="gradient of input 0,"):
+        gradcheck(lambda a, b: wrong(a) + F.relu(b - 1) * 10, normal(3), np.ones(3))
+
+
+@pytest.mark.parametrize("f", [lambda x: (x * x).sqrt(), lambda x: (x * x).sum(-1).sqrt()])
+def test_nan_from_backward_is_an_error_at_once(f):
+    with pytest.raises(GradientError, match=r"at element \(0, 0\): backward gives nan"):
+        gradcheck(f, np.array([[0.0, 0.0], [1.0, 2.0]]))
+
+
+@pytest.mark.parametrize("x", [[1.0, -1.0], [1.0, np.nan], [np.inf, 1.0], [0.0, 1.0]])
+def test_where_f_is_not_defined_nothing_is_measured(x):
+    with pytest.raises(MeasurementError, match=r"nan|infinity|no finite derivative"):
+        gradcheck(lambda x: x.log(), x)
+
+
+def test_infinite_constants_are_no_trouble():
+    gradcheck(lambda x: x * x + np.array([0, 0, -np.inf]), normal(3))
+
+
 # --- false alarms ---------------------------------------------------------------------------------
 
 
@@ -254,6 +335,10 @@ RIGHT = {
     "attention": lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
     "cross_entropy": lambda x: F.cross_entropy(x, [0, 3, -100]),
     "zeros": lambda x: (x - x) * x,
+    "cancels between branches": lambda x: F.relu(F.layer_norm(F.relu(x), np.ones(4), np.zeros(4))),
+    "two columns": lambda x: F.relu(F.layer_norm(F.relu(x[:, :2]), np.ones(2), np.zeros(2))),
+    "Σ softmax between branches": lambda x: F.relu(F.softmax(F.relu(x))).sum(),
+    "Σ of some rows": lambda x: F.softmax(F.relu(x))[1:].sum(),
 }
 
 
@@ -261,6 +346,120 @@ RIGHT = {
 def test_what_is_right_is_never_accused(f):
     for seed in range(300):
         gradcheck(f, normal(3, 4, seed=seed), seed=seed, directions=1)
+
+
+BUT_ROUNDING = ["cancelling", "mean of a normalised row", "two columns"]
+
+
+@pytest.mark.parametrize("f", RIGHT.values(), ids=RIGHT)
+def test_what_is_right_is_not_accused_by_differences_or_to_second_order_either(f):
+    for seed in range(40):
+        x = normal(3, 4, seed=seed)
+        gradcheck(f, x, seed=seed, directions=1, order=2)
+        try:
+            gradcheck(f, x, seed=seed, directions=1, derivative="differences")
+        except ValueError as error:
+            assert "cannot be measured" in str(error)
+            assert any(f is RIGHT[name] for name in BUT_ROUNDING)
+
+
+@pytest.mark.parametrize("scale", [1e-70, 1e-7, 1.0, 1e7, 1e70])
+@pytest.mark.parametrize("f", [lambda x: (1 / x).sum(), lambda x: x * x, lambda x: x.abs().sqrt()])
+def test_the_size_of_the_inputs_does_not_matter(plant, f, scale):
+    x = np.abs(normal(6)) + 0.5
+    wrong = plant("multiply", lambda xp, g, y, a, b: (g * b * (1 + 1e-7), g * a))
+    for derivative in (None, "differences"):
+        assert gradcheck(f, x * scale, derivative=derivative) < 1e-11
+        with pytest.raises(GradientError):
+            gradcheck(lambda x: wrong(f(x), x), x * scale, derivative=derivative)
+
+
+# --- differences ----------------------------------------------------------------------------------
+
+SMOOTH = {  # a function of one array, its derivative
+    "sin": (np.sin, np.cos),
+    "exp": (np.exp, np.exp),
+    "x^5": (lambda x: x**5, lambda x: 5 * x**4),
+    "1 / x": (lambda x: 1 / x, lambda x: -1 / x**2),
+    "sin 100 x": (lambda x: np.sin(100 * x), lambda x: 100 * np.cos(100 * x)),
+    "1e6 + x": (lambda x: 1e6 + x, np.ones_like),
+    "tanh 3 x": (lambda x: np.tanh(3 * x), lambda x: 3 / np.cosh(3 * x) ** 2),
+}
+
+
+@pytest.mark.parametrize("f, slope", SMOOTH.values(), ids=SMOOTH)
+def test_the_error_bar_of_differences_covers_their_error(f, slope):
+    for seed in range(20):
+        x = normal(500, seed=seed)
+        exact = slope(x) * x
+        ways = [central_differences, *(partial(one_sided_differences, side=s) for s in (1, -1))]
+        for differences, limit in zip(ways, (1e-9, 1e-5, 1e-5)):
+            noise = spread(lambda arrays: [f(arrays[0])], [x])[0]
+            found, bar = differences(lambda xs: f(xs[0]), [x], [x], noise=noise)
+            assert (np.abs(found - exact) <= 10 * bar).all()
+            assert np.median(bar / (np.abs(exact) + np.abs(f(x)))) < limit
+
+
+def test_what_takes_no_complex_numbers_is_measured_by_differences(define):
+    right = define(lambda xp, x: np.abs(x), lambda xp, g, y, x: (g * np.sign(x),))
+    wrong = define(lambda xp, x: np.abs(x), lambda xp, g, y, x: (g * np.sign(x) * (1 + 1e-9),))
+    assert gradcheck(right, normal(3, 4)) < 1e-11
+    with pytest.raises(GradientError, match="central differences give"):
+        gradcheck(wrong, normal(3, 4))
+    with pytest.raises(TypeError, match="complex"):
+        gradcheck(right, normal(3, 4), derivative="complex step")
+
+
+@pytest.mark.parametrize("factor", [1, 1 + 1e-9, 0])
+def test_what_drops_imaginary_parts_without_a_word_is_measured_by_differences(define, factor):
+    def forward(xp, x):
+        return np.linalg.norm(np.asarray(x), axis=-1)
+
+    def vjp(xp, g, y, x):
+        return (factor * g[..., None] * x / y[..., None],)
+
+    norm = define(forward, vjp, "(n)->()")
+    if factor == 1:
+        assert gradcheck(norm, normal(3, 4)) < 1e-11
+    else:
+        with pytest.raises(GradientError, match="central differences give"):
+            gradcheck(norm, normal(3, 4))
+
+
+def test_what_cannot_be_measured_is_a_value_error_not_a_pass(define):
+    rough = define(lambda xp, x: np.round(np.real(x) * 1e4), lambda xp, g, y, x: (0 * g,))
+    with pytest.raises(ValueError, match="cannot be measured here"):
+        gradcheck(rough, normal(3, 4), derivative="differences")
+
+
+# --- second derivatives ---------------------------------------------------------------------------
+
+
+def test_a_bug_in_second_derivatives_alone_is_seen_by_order_2_alone(define):
+    def vjp(xp, g, y, x):
+        return (g * xp.cos(x.detach() if isinstance(x, Tensor) else x),)
+
+    wrong = define(lambda xp, x: xp.sin(x), vjp)
+    gradcheck(wrong, normal(3))
+    with pytest.raises(GradientError, match=r"wrong second derivative of input 0, shape \(3,\)"):
+        gradcheck(wrong, normal(3), order=2)
+
+
+def test_second_derivatives_by_the_cotangent_are_checked_too(define):
+    def vjp(xp, g, y, x):
+        return (xp.exp(x) * (g.detach() if isinstance(g, Tensor) else g),)
+
+    wrong = define(lambda xp, x: xp.exp(x), vjp)
+    with pytest.raises(GradientError, match="wrong second derivative of input 1,"):
+        gradcheck(wrong, normal(3), order=2)
+
+
+def test_order_2_takes_integers_and_what_f_does_not_depend_on():
+    ids = np.array([1, 0, 1])
+    gradcheck(lambda t, w: F.embedding(t, w) ** 3, ids, normal(2, 3), order=2)
+    gradcheck(lambda a, b: a.exp() + 0 * b, normal(3), normal(3), order=2)
+    gradcheck(lambda a, b: a.exp(), normal(3), normal(2), order=2)
+    gradcheck(lambda a: Tensor(np.ones(2)), normal(2), order=2)
 
 
 KINKED = {
@@ -277,6 +476,97 @@ KINKED = {
 def test_kinks_follow_the_branch_that_was_taken(f, x, shape):
     for seed in range(5):  # both signs of the direction
         gradcheck(f, np.full(shape, x), seed=seed)
+
+
+def relu_forward(xp, x):
+    return xp.where(x <= 0, 0, x)
+
+
+def relu_vjp(at_zero):
+    return lambda xp, g, y, x: (xp.where(x < 0, 0.0, xp.where(x == 0, at_zero * g, g)),)
+
+
+@pytest.mark.parametrize("at_zero, is_right", [(0, True), (0.3, True), (1, True), (1.01, False),
+                                               (-0.01, False), (2, False)])  # fmt: skip
+def test_any_slope_between_those_of_the_two_sides_of_a_kink_is_right(define, at_zero, is_right):
+    relu = define(relu_forward, relu_vjp(at_zero))
+    x = normal(3, 4)
+    x[0, :2] = x[2, 3] = 0
+    for seed in range(5):
+        if is_right:
+            assert gradcheck(relu, x, seed=seed) < 1e-11
+        else:
+            with pytest.raises(GradientError, match=r"at element \(0, 0\), a kink: .* two sides"):
+                gradcheck(relu, x, seed=seed)
+        if at_zero != 0:  # the branch that forward takes
+            with pytest.raises(GradientError, match="a complex step gives 0 "):
+                gradcheck(relu, x, seed=seed, subgradients=False)
+
+
+def test_a_kink_hides_no_bug_in_another_element(define):
+    def vjp(xp, g, y, x):
+        return (relu_vjp(1)(xp, g, y, x)[0] * xp.where(x == x.max(), 1 + 1e-9, 1.0),)
+
+    x = normal(20)
+    x[3] = x[11] = 0
+    with pytest.raises(GradientError, match=rf"at element \({np.argmax(x)},\): backward"):
+        gradcheck(define(relu_forward, vjp), x)
+
+
+@pytest.mark.parametrize("shares, is_right", [((1, 0), True), ((0.5, 0.5), True), ((0, 0), False),
+                                              ((1, 1), False)])  # fmt: skip
+def test_the_shares_of_equal_numbers_in_a_maximum_must_add_up_to_one(define, shares, is_right):
+    def vjp(xp, g, y, a, b):
+        first, second = (xp.where(a == b, share * g, 0.0) for share in shares)
+        return xp.where(a > b, g, first), xp.where(a < b, g, second)
+
+    maximum = define(lambda xp, a, b: xp.maximum(a, b), vjp, "(),()->()")
+    a = normal(4)
+    for seed in range(5):
+        if is_right:
+            gradcheck(maximum, a, a.copy(), seed=seed)
+        else:
+            with pytest.raises(GradientError, match="a kink"):
+                gradcheck(maximum, a, a.copy(), seed=seed)
+
+
+def test_kinks_of_other_elements_are_none_of_ours(define):
+    """Their slopes, added up with signs, lie between no two slopes of the sum."""
+    relu = define(relu_forward, relu_vjp(0.3))
+    x, weights = normal(6), np.array([1, 1, 1, -1, 1, 1])
+    x[[0, 3]] = 0
+    for seed in range(5):
+        gradcheck(lambda x: (relu(x) * weights).sum(), x, seed=seed)
+
+
+def test_a_kink_excuses_only_the_outputs_that_have_it(define):
+    def vjp(xp, g, y, x):
+        return (3 * g * xp.where(x == 0, 1.05, 1.0),)
+
+    relu, line = define(relu_forward, relu_vjp(0.5)), define(lambda xp, x: 3 * x, vjp)
+    x = normal(6)
+    x[2] = 0
+    for seed in range(20):
+        with pytest.raises(GradientError, match=r"at element \(2,\)"):
+            gradcheck(lambda x: F.concat([relu(x), line(x)]), x, seed=seed)
+
+
+def test_of_several_kinks_the_wrong_one_is_named(define):
+    def vjp(xp, g, y, x):
+        at_zero = xp.where(xp.arange(6) == 3, 2.0, 0.3)
+        return (xp.where(x < 0, 0.0, xp.where(x == 0, at_zero * g, g)),)
+
+    x = normal(6)
+    x[[0, 3]] = 0
+    with pytest.raises(GradientError, match=r"at element \(3,\), a kink") as error:
+        gradcheck(define(relu_forward, vjp), x)
+    assert len(error.value.numeric) == 2
+
+
+def test_too_many_kinks_are_a_value_error(define):
+    relu = define(relu_forward, relu_vjp(1))
+    with pytest.raises(ValueError, match=r"more than 32 elements .* lie on kinks"):
+        gradcheck(relu, np.zeros((10, 10)))
 
 
 def test_a_right_gradient_has_a_small_reported_error():
@@ -353,6 +643,14 @@ def test_a_function_that_returns_no_tensor_is_a_type_error(value):
 def test_what_has_no_complex_derivative_is_refused_not_passed():
     with pytest.raises(TypeError, match="complex"), backend.using(backend.COMPLEX):
         np.abs(np.ones(1, complex).view(backend.ComplexStep))
+
+
+@pytest.mark.parametrize(
+    "options", [{"order": 3}, {"order": 0}, {"derivative": "symbolic"}, {"directions": 0}]
+)
+def test_unknown_options_are_value_errors(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} is "):
+        gradcheck(lambda x: x, normal(3), **options)
 
 
 def test_integers_alone_cannot_be_checked():

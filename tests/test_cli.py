@@ -48,6 +48,28 @@ def run(*arguments, cwd=None, **options):
     )
 
 
+def on_a_terminal(*arguments, cwd=None):
+    """Runs the command on a terminal of its own: (exit code, all the bytes that it showed)."""
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        cwd=cwd,
+        env={**ENVIRONMENT, "TERM": "xterm"},
+        stdout=end,
+        stderr=end,
+    )
+    os.close(end)
+    shown = b""
+    while True:
+        try:
+            shown += (piece := os.read(terminal, 65536))
+        except OSError:  # the process has closed its side
+            break
+        if not piece:
+            break
+    return process.wait(), shown
+
+
 def start(*arguments, cwd=None):
     return subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
@@ -141,24 +163,8 @@ def test_several_files_and_the_same_seed(tmp_path, text_file):
 
 
 def test_the_live_bar_on_a_terminal(tmp_path, text_file):
-    terminal, end = pty.openpty()
-    process = subprocess.Popen(
-        [*COMMAND, "train", "--data", str(text_file), *TINY, *STEPS],
-        cwd=tmp_path,
-        env={**ENVIRONMENT, "TERM": "xterm"},
-        stdout=end,
-        stderr=end,
-    )
-    os.close(end)
-    shown = b""
-    while process.poll() is None or shown[-1:] != b"":
-        try:
-            shown += (piece := os.read(terminal, 65536))
-        except OSError:  # the process has closed its side
-            break
-        if not piece:
-            break
-    assert process.wait() == 0
+    code, shown = on_a_terminal("train", "--data", text_file, *TINY, *STEPS, cwd=tmp_path)
+    assert code == 0
     for part in ("vocabulary", "training", "step 24/24", "tokens/s", "0:00 left", "━"):
         assert part.encode() in shown
 

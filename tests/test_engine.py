@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import agree, to_torch
+from oracles import agree, to_torch
 
 import tinygrad_llm as tg
 from tinygrad_llm import Tensor, grad, no_grad

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as TF  # noqa: N812
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import agree, cotangent, to_torch, torch_grad
+from oracles import agree, to_torch, torch_grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinygrad_llm import Tensor, backend, grad
 from tinygrad_llm import functional as F  # noqa: N812
+from tinygrad_llm.check.cases import cotangent
 from tinygrad_llm.random import Generator, manual_seed
 
 

@@ -142,7 +142,8 @@ class Tensor:
 
     def requires_grad_(self, requires_grad=True):
         """Switches recording on or off for this leaf, and returns it."""
-        if requires_grad and self.data.dtype.kind not in "fV":  # V: bfloat16
+        checked = isinstance(self.data, backend.ComplexStep)  # stands for a real number
+        if requires_grad and not checked and self.data.dtype.kind not in "fV":  # V: bfloat16
             raise TypeError(f"only floating-point tensors have gradients, not {self.dtype}")
         if not requires_grad and not self.is_leaf:
             raise RuntimeError("only a leaf can stop requiring grad; use .detach()")
@@ -351,7 +352,7 @@ def apply(op, *args, **attributes):
     if y.dtype == _FLOAT64 and not _may_be_float64(arrays, attributes):
         y = y.astype(np.float32)
     node = None
-    if recorded and _recording.on and y.dtype.kind in "fV":
+    if recorded and _recording.on and y.dtype.kind in "fVc":
         inputs = [a if isinstance(a, Tensor) else c for a, c in zip(args, arrays)]
         node = implementation, inputs, attributes, saved
     return _fill(Tensor.__new__(Tensor), y, node is not None, node)
@@ -559,7 +560,7 @@ def _vjp(tensor, node, gradient, only):
             isinstance(x, Tensor) and x.requires_grad and (only is None or id(x) in only[1])
             for x in inputs
         )
-    return implementation.vjp(gradient, tensor.data, *arrays, **attributes)
+    return _as_many(implementation.vjp(gradient, tensor.data, *arrays, **attributes), node)
 
 
 def _vjp_on_the_tape(tensor, node, gradient, only):
@@ -571,7 +572,16 @@ def _vjp_on_the_tape(tensor, node, gradient, only):
     op = implementation.op
     if op.saves:
         attributes = {**attributes, "saved": op.forward(tape, *inputs, **attributes)[1]}
-    return op.vjp(tape, gradient, tensor, *inputs, **attributes)
+    return _as_many(op.vjp(tape, gradient, tensor, *inputs, **attributes), node)
+
+
+def _as_many(gradients, node):
+    """What a vjp returned, if it is a tuple: the commonest mistake is a bare gradient."""
+    if type(gradients) is tuple:
+        return gradients
+    name, n = node[0].op.name, len(node[1])
+    kind = type(gradients).__name__
+    raise TypeError(f"vjp of {name} must return a tuple of {n}, one gradient each, not {kind}")
 
 
 def _fit(g, x):

@@ -8,6 +8,7 @@ add one.
 """
 
 import inspect
+import re
 
 TABLE = {}  # name -> Op: every op of the library, in the order of definition
 
@@ -29,6 +30,7 @@ class Op:
         arrays = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]
         if not cls.__doc__:
             raise TypeError(f"op {cls.__name__} needs a docstring: its formula and its derivation")
+        _check_options(cls, [p.name for p in arrays], signature, fixed.split(), domains, examples)
         self.name = cls.__name__
         self.doc = inspect.cleandoc(cls.__doc__)
         self.signature = signature
@@ -56,6 +58,30 @@ class Op:
         return args[: len(self.arrays)], {**dict(zip(self.attributes, surplus)), **keywords}
 
 
+_DOMAINS = ("positive", "unit", "bool", "target", "constant")
+
+
+def _check_options(cls, arrays, signature, fixed, domains, examples):
+    """Raises ValueError where @op was given something that it would not understand."""
+    name = cls.__name__
+    array = r"\((\w+(,\w+)*)?\)"
+    if signature and not re.fullmatch(rf"{array}(,{array})*->{array}", signature.replace(" ", "")):
+        raise ValueError(f"op {name}: signature {signature!r} is not like '(n,k),(k)->(n)'")
+    if signature and signature.count("(") - 1 != len(arrays):
+        raise ValueError(
+            f"op {name}: signature {signature!r} does not fit its {len(arrays)} arrays"
+        )
+    unknown = [a for a in (*fixed, *domains) if a not in arrays]
+    if unknown:
+        raise ValueError(f"op {name} has no array {unknown[0]!r}; its arrays: {', '.join(arrays)}")
+    for array, domain in domains.items():
+        if domain not in _DOMAINS and not re.fullmatch(r"index \w+", str(domain)):
+            known = ", ".join(_DOMAINS)
+            raise ValueError(f"op {name}: domain {domain!r} of {array}: not {known}, 'index n'")
+    if not all(isinstance(example, dict) for example in examples or ()):
+        raise ValueError(f"op {name}: examples is a list of dictionaries, not {examples!r}")
+
+
 def _array_api_function(op):
     """The forward of a primitive op: the array API's function of the same name."""
 
@@ -80,6 +106,9 @@ def op(signature="", *, fixed="", examples=None, **domains):
                 (between 0 and 1); and for arrays without a gradient: "bool", "index v" (integers
                 below core dimension v), "target" (between 0 and 1) or "constant" (anything).
     """
+
+    if isinstance(signature, type):
+        raise TypeError(f"write @op(...) before class {signature.__name__}, with parentheses")
 
     def register(cls):
         if cls.__name__ in TABLE:

@@ -71,30 +71,32 @@ class negative:
 
 @op("()->()", x="positive", examples=[{"exponent": e} for e in (2, 3, 1, 0, -1, 0.5, -1.5)])
 class power:
-    """y = x^p, p a number
+    """y = x^exponent, a number
 
-    dy/dx = p x^(p-1), and 0 everywhere (at x = 0 too) if p = 0:
-    x̄ = p g ⊙ x^(p - 1)"""
+    dy/dx = exponent x^k,  k = exponent - 1.  For exponent 0, k is 0 too: x = 0 must not give NaN.
+    x̄ = exponent g ⊙ x^k"""
 
     def forward(xp, x, *, exponent):
         return x**exponent
 
     def vjp(xp, g, y, x, *, exponent):
-        less_one = exponent - 1 if exponent else 0
-        return (exponent * g * x**less_one,)
+        k = exponent - 1 if exponent else 0
+        return (exponent * g * x**k,)
 
 
 @op("(),()->()", x="positive")
 class pow:
     """y = x^p, both arrays, x > 0
 
-    x^p = e^(p log x), so ∂y/∂x = p x^(p-1) and ∂y/∂p = y log x (0 is returned where x ≤ 0):
-    x̄ = g ⊙ p ⊙ x^(p - 1)
-    p̄ = g ⊙ y ⊙ log(x)"""
+    x^p = e^(p log x), so ∂y/∂x = p x^(p-1) and ∂y/∂p = y log x.  At x = 0, where x^-1 and log x
+    are infinite, ∂y/∂x is 0 if p = 0, and 0 is returned for ∂y/∂p:
+    k = where(p = 0, 0, p - 1)
+    x̄ = g ⊙ p ⊙ x^k
+    p̄ = g ⊙ y ⊙ log(where(x > 0, x, 1))"""
 
     def vjp(xp, g, y, x, p):
-        less_one = xp.where(p == 0, 0.0, p - 1)  # 0 · x^-1 would be NaN at x = 0
-        return g * p * x**less_one, g * y * xp.log(xp.where(x > 0, x, 1.0))
+        k = xp.where(p == 0, 0.0, p - 1)  # 0 · x^-1 would be NaN at x = 0
+        return g * p * x**k, g * y * xp.log(xp.where(x > 0, x, 1.0))
 
 
 # --- exponentials ---------------------------------------------------------------------------------
@@ -201,7 +203,7 @@ class erfc:
     """y = erfc x = 2/√π ∫_x^∞ e^(-s²) ds,  the complementary error function; erf x = 1 - erfc x
 
     The integral's lower limit moves, so dy/dx is minus the integrand there:
-    x̄ = -(2/√π) g ⊙ exp(-x²)"""
+    x̄ = -(2 / √π) g ⊙ exp(-x²)"""
 
     def forward(xp, x):
         z = xp.where(x < 0, -x, x)
@@ -298,10 +300,10 @@ class gelu:
 class gelu_tanh:
     """y = x/2 (1 + tanh u),  u = √(2/π) (x + 0.044715 x³): GPT-2's approximation of gelu
 
-    dy/dx = (1 + tanh u)/2 + x/2 (1 - tanh² u) u',  u' = √(2/π) (1 + 3 · 0.044715 x²):
-    t = tanh(√(2/π) (x + 0.044715 x³))
-    du = √(2/π) (1 + 3 · 0.044715 x²)
-    x̄ = g ⊙ ((1 + t) + x ⊙ (1 - t²) ⊙ du) / 2"""
+    dy/dx = (1 + tanh u)/2 + x/2 (1 - tanh² u) du/dx:
+    t = tanh(√(2 / π) (x + 0.044715 x³))
+    du = √(2 / π) (1 + 3 · 0.044715 x²)
+    x̄ = g ⊙ (1 + t + x ⊙ (1 - t²) ⊙ du) / 2"""
 
     def forward(xp, x):
         u = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
@@ -310,7 +312,7 @@ class gelu_tanh:
     def vjp(xp, g, y, x):
         t = xp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
         du = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)
-        return (g * ((1 + t) + x * (1 - t * t) * du) / 2,)
+        return (g * (1 + t + x * (1 - t * t) * du) / 2,)
 
 
 # --- choosing -------------------------------------------------------------------------------------
@@ -333,8 +335,9 @@ class maximum:
     """y = max(a, b)
 
     The larger one gets g; where they are equal, each gets half:
-    ā = where(a > b, g, where(a = b, g / 2, 0))
-    b̄ = where(a < b, g, where(a = b, g / 2, 0))"""
+    tie = where(a = b, g / 2, 0)
+    ā = where(a > b, g, tie)
+    b̄ = where(a < b, g, tie)"""
 
     def vjp(xp, g, y, a, b):
         tie = xp.where(a == b, g / 2, 0.0)
@@ -346,8 +349,9 @@ class minimum:
     """y = min(a, b)
 
     The smaller one gets g; where they are equal, each gets half:
-    ā = where(a < b, g, where(a = b, g / 2, 0))
-    b̄ = where(a > b, g, where(a = b, g / 2, 0))"""
+    tie = where(a = b, g / 2, 0)
+    ā = where(a < b, g, tie)
+    b̄ = where(a > b, g, tie)"""
 
     def vjp(xp, g, y, a, b):
         tie = xp.where(a == b, g / 2, 0.0)
@@ -373,15 +377,16 @@ class clip:
     """y = x, but no less than low and no more than high, where these are given
 
     Where x is outside, y does not depend on it (at a bound it still does):
-    x̄ = where((x < low) ∨ (x > high), 0, g)"""
+    u = where(x < low, 0, g)
+    x̄ = where(x > high, 0, u)"""
 
     def forward(xp, x, *, low=None, high=None):
         y = x if low is None else xp.where(x < low, low, x)
         return y if high is None else xp.where(y > high, high, y)
 
     def vjp(xp, g, y, x, *, low=None, high=None):
-        x_bar = g if low is None else xp.where(x < low, 0.0, g)
-        return (x_bar if high is None else xp.where(x > high, 0.0, x_bar),)
+        u = g if low is None else xp.where(x < low, 0.0, g)
+        return (u if high is None else xp.where(x > high, 0.0, u),)
 
 
 @op("(),()->()", keep="constant")

@@ -23,17 +23,16 @@ class matmul:
 class linear:
     """y = x wᵀ + b,  w: (out, in), as PyTorch stores it
 
-    A matmul's gradients, with every row of the batch adding to w̄ and b̄:
+    A matmul's gradients. Where x is a batch, gᵀ x adds up over its rows, and the engine adds up b̄:
     x̄ = g w
     w̄ = gᵀ x
-    b̄ = Σ_rows g"""
+    b̄ = g"""
 
     def forward(xp, x, w, b=0.0):
         return x @ xp.matrix_transpose(w) + b
 
     def vjp(xp, g, y, x, w, b=0.0):
-        m, k = w.shape
         n = math.prod(x.shape[:-1])  # rows of the batch
-        rows = xp.reshape(g, (n, m))
-        w_bar = xp.matrix_transpose(rows) @ xp.reshape(x, (n, k))
-        return g @ w, w_bar, xp.sum(rows, axis=0)
+        g_rows = xp.reshape(g, (n, w.shape[0]))
+        x_rows = xp.reshape(x, (n, w.shape[1]))
+        return g @ w, xp.matrix_transpose(g_rows) @ x_rows, g

@@ -9,14 +9,14 @@ from . import op
 _TINY = math.exp(-100)  # log never goes below -100, as in PyTorch
 
 
-@op("(n,v),(n)->()", fixed="x t", t="index v")
+@op("(n,v),(n)->()", fixed="x t", t="index v", examples=[{}, {"ignore_index": -1}])
 class cross_entropy:
     """y = -1/N Σ_i log softmax(x_i)[t_i]  over the N rows with t_i ≠ ignore_index
 
-    log softmax(x)_t = x_t - L,  L = logsumexp(x),  ∂L/∂x_j = e^{x_j - L} = P_j,  so each row gives
-    P - onehot(t):
+    log softmax(x)_t = x_t - L,  L = logsumexp(x),  ∂L/∂x_j = e^{x_j - L} = P_j,  so a row gives
+    P - H,  H = onehot(t);  K is true for the rows that count:
     P = exp(x - L)
-    x̄ = (g / N) · where(K, P - H, 0)"""
+    x̄ = (g / N) ⊙ where(K, P - H, 0)"""
 
     def forward(xp, x, t, *, ignore_index=-100):
         K = xp.expand_dims(t != ignore_index, axis=-1)  # (n, 1)  rows that count
@@ -35,8 +35,8 @@ class cross_entropy:
 class binary_cross_entropy:
     """y = -1/n Σ_i t_i log p_i + (1 - t_i) log(1 - p_i)
 
-    d/dp: -(t/p - (1 - t)/(1 - p)) = (p - t) / (p (1 - p)):
-    p̄ = (g / n) ⊙ (p - t) / (p ⊙ (1 - p))"""
+    d/dp: -(t/p - (1 - t)/(1 - p)) = (p - t) / (p (1 - p)), and never divided by 0:
+    p̄ = (g / n) ⊙ (p - t) / max(p ⊙ (1 - p), 1e-12)"""
 
     def forward(xp, p, t):
         log_p = xp.log(xp.maximum(p, _TINY))
@@ -69,12 +69,14 @@ class binary_cross_entropy_with_logits:
 class mse_loss:
     """y = 1/n Σ_i (x_i - t_i)²
 
-    x̄ = (2 g / n) ⊙ (x - t)
+    ∂y/∂x_i = 2/n (x_i - t_i) = -∂y/∂t_i:
+    x̄ = (2 / n) g ⊙ (x - t)
     t̄ = -x̄"""
 
     def forward(xp, x, t):
         return xp.mean((x - t) ** 2)
 
     def vjp(xp, g, y, x, t):
-        x_bar = 2 / math.prod(x.shape) * g * (x - t)
+        n = math.prod(x.shape)
+        x_bar = 2 / n * g * (x - t)
         return x_bar, -x_bar

@@ -12,13 +12,6 @@ _AXES = [{}, {"axis": -1}, {"axis": 0, "keepdims": True}, {"axis": (0, -1)}]
 _ONE_AXIS = [{}, {"axis": 0}]
 
 
-def _spread(xp, a, shape, axis, keepdims):
-    """Repeats a reduced array along the reduced axes: the transpose of the reduction."""
-    if not keepdims:
-        a = xp.reshape(a, _kept(shape, axis))
-    return xp.broadcast_to(a, shape)
-
-
 def _kept(shape, axis):
     """The shape that a reduction with keepdims=True leaves."""
     axes = range(len(shape)) if axis is None else axis if isinstance(axis, tuple) else (axis,)
@@ -26,56 +19,54 @@ def _kept(shape, axis):
     return tuple(1 if i in reduced else n for i, n in enumerate(shape))
 
 
-def _to_the_chosen(xp, g, y, x, axis):
-    """g where x has the value y that was chosen, in equal shares: the vjp of max and of min."""
-    shape = _kept(x.shape, axis)
-    chosen = xp.astype(x == xp.reshape(y, shape), x.dtype)
-    return xp.reshape(g, shape) / xp.sum(chosen, axis=axis, keepdims=True) * chosen
-
-
 @op("(m,n)->()", examples=_AXES)
 class sum:
     """y = Σ_i x_i
 
-    ∂y/∂x_i = 1:
-    x̄_i = g"""
+    ∂y/∂x_i = 1, for every i:
+    x̄ = g"""
 
     def vjp(xp, g, y, x, *, axis=None, keepdims=False):
-        return (_spread(xp, g, x.shape, axis, keepdims),)
+        g = xp.reshape(g, y.shape if keepdims else _kept(x.shape, axis))
+        return (xp.broadcast_to(g, x.shape),)
 
 
 @op("(m,n)->()", examples=_AXES)
 class mean:
     """y = 1/n Σ_i x_i
 
-    ∂y/∂x_i = 1/n:
-    x̄_i = g / n"""
+    ∂y/∂x_i = 1/n, for every i:
+    x̄ = g / n"""
 
     def vjp(xp, g, y, x, *, axis=None, keepdims=False):
         n = math.prod(x.shape) / (math.prod(y.shape) or 1)
-        return (_spread(xp, g / n, x.shape, axis, keepdims),)
+        g = xp.reshape(g, y.shape if keepdims else _kept(x.shape, axis))
+        return (xp.broadcast_to(g / n, x.shape),)
 
 
 @op("(m,n)->()", examples=_AXES)
 class max:
     """y = max_i x_i
 
-    g goes to the largest element; where several are equal, each gets the same share:
-    x̄_i = g [x_i = y] / #{j: x_j = y}"""
+    g goes to the largest element, where C is 1; several that are equal get the same share each:
+    C = [x = y]
+    x̄ = (g / Σ(C)) ⊙ C"""
 
     def vjp(xp, g, y, x, *, axis=None, keepdims=False):
-        return (_to_the_chosen(xp, g, y, x, axis),)
+        shape = _kept(x.shape, axis)
+        C = xp.astype(x == xp.reshape(y, shape), x.dtype)
+        return (xp.reshape(g, shape) / xp.sum(C, axis=axis, keepdims=True) * C,)
 
 
 @op("(m,n)->()", examples=_AXES)
 class min:
     """y = min_i x_i
 
-    g goes to the smallest element; where several are equal, each gets the same share:
-    x̄_i = g [x_i = y] / #{j: x_j = y}"""
+    g goes to the smallest element, where C is 1; several that are equal get the same share each:
+    C = [x = y]
+    x̄ = (g / Σ(C)) ⊙ C"""
 
-    def vjp(xp, g, y, x, *, axis=None, keepdims=False):
-        return (_to_the_chosen(xp, g, y, x, axis),)
+    vjp = max.vjp  # the same lines: g goes where x has the value y
 
 
 @op("(m,n)->()", examples=_AXES)

@@ -3,6 +3,7 @@ the transposed move. Where elements are dropped, the way back fills in zeros; wh
 repeated, it adds up.
 """
 
+import itertools
 import math
 
 from . import op
@@ -16,7 +17,8 @@ def _shape(rng, ndim=3):
 class reshape:
     """y = x with another shape, elements in the same (row-major) order
 
-    x̄ = g in x's shape"""
+    The same elements in x's shape:
+    x̄ = g"""
 
     def vjp(xp, g, y, x, *, shape):
         return (xp.reshape(g, x.shape),)
@@ -26,17 +28,23 @@ class reshape:
         return [shape], {"shape": (shape[0] * shape[1], shape[2])}
 
 
+def _inverse(axes):
+    """The permutation that undoes `axes`."""
+    inverse = [0] * len(axes)
+    for i, axis in enumerate(axes):
+        inverse[axis] = i
+    return tuple(inverse)
+
+
 @op()
 class permute_dims:
     """y = x with its axes reordered: axis i of y is axis axes[i] of x
 
-    x̄ = g with the inverse permutation"""
+    So axis axes[i] of x̄ is axis i of g:
+    x̄ = permute_dims(g, inverse(axes))"""
 
     def vjp(xp, g, y, x, *, axes):
-        inverse = [0] * len(axes)
-        for i, axis in enumerate(axes):
-            inverse[axis] = i
-        return (xp.permute_dims(g, tuple(inverse)),)
+        return (xp.permute_dims(g, _inverse(axes)),)
 
     def sample(rng):
         return [_shape(rng)], {"axes": tuple(int(i) for i in rng.permutation(3))}
@@ -56,7 +64,8 @@ class matrix_transpose:
 class expand_dims:
     """y = x with a new axis of length 1
 
-    x̄ = g in x's shape"""
+    The same elements in x's shape:
+    x̄ = g"""
 
     def vjp(xp, g, y, x, *, axis):
         return (xp.reshape(g, x.shape),)
@@ -66,7 +75,8 @@ class expand_dims:
 class squeeze:
     """y = x without an axis (or axes) of length 1
 
-    x̄ = g in x's shape"""
+    The same elements in x's shape:
+    x̄ = g"""
 
     def vjp(xp, g, y, x, *, axis):
         return (xp.reshape(g, x.shape),)
@@ -80,7 +90,8 @@ class squeeze:
 class broadcast_to:
     """y = x repeated along axes of length 1, and along new axes in front
 
-    x̄ = g, summed by the engine over the repeated axes"""
+    Every copy of an element gives its gradient; the engine adds them up over the repeated axes:
+    x̄ = g"""
 
     def vjp(xp, g, y, x, *, shape):
         return (g,)
@@ -117,7 +128,8 @@ class triu:
 class getitem:
     """y = x[key], key made of integers, slices, None and ... (each element is taken at most once)
 
-    x̄ = put(g, key): g in its place, zeros elsewhere"""
+    g where the elements were taken, zeros elsewhere:
+    x̄ = put(g, key)"""
 
     def forward(xp, x, *, key):
         return x[key]
@@ -160,16 +172,14 @@ class put:
 class concat:
     """y = the arrays, one after the other along an axis
 
-    x̄_i = the piece of g where x_i went"""
+    part_i is where x_i went:
+    x̄_i = g[part_i]"""
 
     def vjp(xp, g, y, *xs, axis=0):
-        axis = axis % len(y.shape)
-        pieces, start = [], 0
-        for x in xs:
-            stop = start + x.shape[axis]
-            pieces.append(g[(slice(None),) * axis + (slice(start, stop), ...)])
-            start = stop
-        return tuple(pieces)
+        in_front = (slice(None),) * (axis % len(y.shape))
+        bounds = itertools.accumulate([x.shape[axis] for x in xs], initial=0)
+        parts = [(*in_front, slice(i, j), ...) for i, j in itertools.pairwise(bounds)]
+        return tuple(g[part] for part in parts)
 
     def sample(rng):
         n, m, k = _shape(rng)
@@ -180,11 +190,13 @@ class concat:
 class stack:
     """y = the arrays side by side, along a new axis
 
-    x̄_i = g[..., i, ...]"""
+    part_i is the i-th index along that axis, where x_i went:
+    x̄_i = g[part_i]"""
 
     def vjp(xp, g, y, *xs, axis=0):
-        axis = axis % len(y.shape)
-        return tuple(g[(slice(None),) * axis + (i, ...)] for i in range(len(xs)))
+        in_front = (slice(None),) * (axis % len(y.shape))
+        parts = [(*in_front, i, ...) for i in range(len(xs))]
+        return tuple(g[part] for part in parts)
 
     def sample(rng):
         shape = _shape(rng, 2)

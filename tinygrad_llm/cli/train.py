@@ -1,70 +1,46 @@
-"""The command `tinygrad-llm`: trains a GPT on a text, and continues prompts with it.
+"""`tinygrad-llm train`: vocabulary, model, samples and loss plot from a text; --resume goes on."""
 
-What the user can put right ends in one line on stderr and exit code 2, and an interruption in exit
-code 130. Any other exception is a bug of ours and shows its traceback.
-"""
-
-import errno
-import logging
 import os
 import shlex
-import shutil
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from secrets import randbits
 from textwrap import indent
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
-from . import random
-from .checkpoint import (
+from .. import random
+from ..checkpoint import (
     CONFIG,
     TRAINING_STATE,
     WEIGHTS,
-    load_model,
     load_tokenizer,
     load_training_state,
     save_model,
     save_training_state,
 )
-from .data import embedded_corpus, open_tokens, read_corpus, train_val_split, write_tokens
-from .generate import generate as generate_ids
-from .generate import stream
-from .gpt import GPT, GPTConfig
-from .parallel import default_threads
-from .tokenizer import FILES, BPETokenizer, StreamDecoder
-from .train import Report, Trainer, TrainSettings, plot_losses
+from ..data import embedded_corpus, open_tokens, read_corpus, train_val_split, write_tokens
+from ..generate import generate
+from ..gpt import GPT, GPTConfig
+from ..parallel import default_threads
+from ..tokenizer import FILES, BPETokenizer
+from ..tokenizer.bpe_files import END_OF_TEXT
+from ..train import Trainer, TrainSettings, plot_losses
+from .errors import user_input
+from .screen import Clock, Screen, typed
 
-PROGRAM = "tinygrad-llm"
 TOKENS = "tokens.npy"  # the encoded text, so that --resume needs no other file
 PLOT = "loss.png"
 RESULTS = (TRAINING_STATE, CONFIG, WEIGHTS, TOKENS, PLOT, *FILES)  # all that a run writes
-END_OF_TEXT = "<|endoftext|>"
 VALIDATION_PART = 0.1  # of the text, at its end
 EVALUATIONS = 12  # validation losses and checkpoints in a run
 SAMPLE_EVERY = 3  # evaluations
 SAMPLE_TOKENS = 80
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="A GPT from first principles: train one on a text, then let it write.",
-)
 
-
-# --- train ----------------------------------------------------------------------------------------
-
-
-@app.command()
 def train(
     ctx: typer.Context,
     data: Annotated[
@@ -156,14 +132,14 @@ class Run:
             save_model(self.trainer.model, self.directory, self.tokenizer)
 
     def resume_command(self) -> str:
-        return f"{_typed()} train --out {shlex.quote(str(self.directory))} --resume"
+        return f"{typed()} train --out {shlex.quote(str(self.directory))} --resume"
 
     def generate_command(self) -> str:
         directory, prompt = shlex.quote(str(self.directory)), shlex.quote(self.prompt)
-        return f"{_typed()} generate --model {directory} {prompt}"
+        return f"{typed()} generate --model {directory} {prompt}"
 
 
-def _new_run(out: Path | None, options: dict[str, Any], steps: int, screen: "Screen") -> Run:
+def _new_run(out: Path | None, options: dict[str, Any], steps: int, screen: Screen) -> Run:
     """Everything up to the first step. Nothing is written before all input has been checked."""
     _check_free(out or Path("runs"))
     _check_vocab_size(options["vocab_size"])
@@ -223,7 +199,7 @@ def _gpt_config(options: dict[str, Any], vocab_size: int) -> GPTConfig:
     )
 
 
-def _train_tokenizer(text: str, vocab_size: int, screen: "Screen") -> BPETokenizer:
+def _train_tokenizer(text: str, vocab_size: int, screen: Screen) -> BPETokenizer:
     screen.say(f"learning a vocabulary of {vocab_size:,} tokens from {len(text):,} characters")
     with screen.progress("vocabulary") as show:
         return BPETokenizer.train(text, vocab_size, (END_OF_TEXT,), show)
@@ -338,7 +314,7 @@ def _shown(value: Any) -> str:
     return (" ".join(value) or "none") if isinstance(value, list) else str(value)
 
 
-def _train(run: Run, screen: "Screen") -> int:
+def _train(run: Run, screen: Screen) -> int:
     """Trains to the end or to Ctrl-C; returns the exit code."""
     trainer, steps = run.trainer, run.trainer.settings.steps
     clock = Clock(trainer)
@@ -376,11 +352,11 @@ def _sample(run: Run) -> str:
     generator = random.Generator(run.trainer.settings.seed)
     stop_id = run.tokenizer.end_of_text
     model, vocab_size = run.trainer.model, run.tokenizer.vocab_size
-    ids = generate_ids(model, [ids], SAMPLE_TOKENS, 0.7, 40, generator, stop_id, vocab_size)
+    ids = generate(model, [ids], SAMPLE_TOKENS, 0.7, 40, generator, stop_id, vocab_size)
     return indent(run.tokenizer.decode(ids[0]).strip(), "    ")
 
 
-def _say_done(run: Run, clock: "Clock", screen: "Screen") -> None:
+def _say_done(run: Run, clock: Clock, screen: Screen) -> None:
     step, val_loss = run.trainer.evaluations[-1]
     screen.say(f"done: validation loss {val_loss:.3f} after {step:,} steps, {clock.elapsed()}")
     screen.say(f"model and tokenizer: {run.directory}")
@@ -414,178 +390,3 @@ class StopSignal:
         if self.received:
             raise KeyboardInterrupt
         self.received = True
-
-
-# --- generate -------------------------------------------------------------------------------------
-
-
-@app.command()
-def generate(
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    model: Annotated[Path, typer.Option(metavar="DIR", help="A directory that `train` has made.")],
-    max_tokens: Annotated[int, typer.Option(min=0, help="Most tokens to write.")] = 200,
-    temperature: Annotated[
-        float, typer.Option(help="0: always the likeliest token; higher: more varied.")
-    ] = 0.8,
-    top_k: Annotated[int, typer.Option(min=1, help="Draw from the k likeliest tokens only.")] = 40,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Repeats a text exactly; without, each is new.")
-    ] = None,
-) -> int:
-    """Continue a prompt with a trained model."""
-    with user_input():
-        gpt = load_model(model)
-        tokenizer = load_tokenizer(model, gpt)
-        ids = tokenizer.encode(prompt, allowed_special="all")
-        generator = random.Generator(randbits(32) if seed is None else seed)
-        stop_id = tokenizer.special_tokens.get(END_OF_TEXT)
-        new_ids = stream(
-            gpt, ids, max_tokens, temperature, top_k, generator, stop_id, tokenizer.vocab_size
-        )
-    decoder = StreamDecoder(tokenizer)
-    _write(prompt)
-    for token_id in new_ids:
-        _write(decoder.feed(token_id))
-    _write(decoder.finish() + "\n")
-    return 0
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-# --- what the user sees ---------------------------------------------------------------------------
-
-
-class Screen:
-    """Standard output: a live bar on a terminal, plain lines elsewhere, one line if quiet."""
-
-    def __init__(self, quiet: bool):
-        self.quiet = quiet
-        plain = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
-        self.console = Console(quiet=quiet, **plain)  # text by a model may look like markup
-        self.live = self.console.is_terminal and not quiet
-
-    def say(self, text: str) -> None:
-        """Text that everyone sees, except if quiet."""
-        self.console.print(text)
-
-    def line(self, text: str) -> None:
-        """A line for where there is no live bar."""
-        if not self.live:
-            self.say(text)
-
-    def result(self, path: Path) -> None:
-        """The only line if quiet."""
-        if self.quiet:
-            print(path)
-
-    @contextmanager
-    def progress(self, name: str) -> Iterator[Callable[..., None]]:
-        """A bar as long as the block runs; gives show(done, total, text)."""
-        columns = TextColumn(name), BarColumn(bar_width=16), TextColumn("{task.description}")
-        with Progress(*columns, console=self.console, disable=not self.live) as progress:
-            task = progress.add_task("", total=None)
-
-            def show(done: int, total: int, text: str | None = None) -> None:
-                text = f"{done:,}/{total:,}" if text is None else text
-                progress.update(task, completed=done, total=total, description=text)
-
-            yield show
-
-
-class Clock:
-    """How fast a trainer is, and how long it will take; starts when it is made."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer, self.first_step = trainer, trainer.step
-        self.start = time.monotonic()
-
-    def line(self, report: Report) -> str:
-        """step 20/800  loss 3.210  validation 3.402  18,400 tokens/s  2:10 left"""
-        s = self.trainer.settings
-        parts = [f"step {report.step:,}/{s.steps:,}"]
-        if report.loss is not None:
-            parts.append(f"loss {report.loss:.3f}")
-        parts.append(f"validation {self.trainer.evaluations[-1][1]:.3f}")
-        if done := report.step - self.first_step:
-            per_step = (time.monotonic() - self.start) / done
-            parts.append(f"{s.batch_size * s.context / per_step:,.0f} tokens/s")
-            parts.append(f"{_minutes(per_step * (s.steps - report.step))} left")
-        return "  ".join(parts)
-
-    def elapsed(self) -> str:
-        """Time since the start, as 2:05."""
-        return _minutes(time.monotonic() - self.start)
-
-
-def _typed() -> str:
-    """The program as the user can type it here: it need not be on the PATH."""
-    started = Path(sys.argv[0])
-    if started.name == "__main__.py":
-        return "python -m tinygrad_llm"
-    on_path = shutil.which(PROGRAM)
-    if on_path and Path(on_path).absolute() == started.absolute():
-        return PROGRAM
-    return shlex.quote(os.path.relpath(started))
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
-
-
-# --- errors ---------------------------------------------------------------------------------------
-
-
-class UserError(Exception):
-    """Something that the user can put right: becomes one line on stderr and exit code 2."""
-
-
-@contextmanager
-def user_input() -> Iterator[None]:
-    """Inside, the library works on what the user typed or stored: what it refuses is theirs."""
-    try:
-        yield
-    except (ValueError, IndexError, OSError) as error:
-        raise UserError(_described(error)) from error
-
-
-def _described(error: Exception) -> str:
-    short_write = " requested and " in str(error)  # what NumPy says when a file is cut short
-    if isinstance(error, OSError) and (error.errno == errno.ENOSPC or short_write):
-        return "No space left to write: free some and try again; what was saved before is kept"
-    if isinstance(error, OSError) and error.strerror:
-        path = f"{error.filename}: " if error.filename else ""
-        return f"{path}{error.strerror}; give a path that can be read and written"
-    return str(error)
-
-
-# Wrong options, as click calls them; newer versions of Typer have a copy of click of their own.
-UsageError = typer.BadParameter.__base__
-
-
-def main() -> None:
-    """The command's entry point."""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # no word about its font cache
-    sys.stdout.reconfigure(errors="replace")  # for characters that a terminal cannot show
-    try:
-        exit_code = app(sys.argv[1:] or ["--help"], prog_name=PROGRAM, standalone_mode=False)
-    except (UserError, FloatingPointError) as error:  # the latter: numbers that are nan or infinite
-        exit_code = _fail(str(error))
-    except UsageError as error:
-        command = error.ctx.command_path if error.ctx else PROGRAM
-        exit_code = _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
-    except OSError as error:  # standard output cannot be written
-        exit_code = _fail(_described(error))
-    except MemoryError as error:
-        exit_code = _fail(f"{error}: use a smaller --batch-size, --context, --dim or --vocab-size")
-    except (KeyboardInterrupt, typer.Abort):
-        print(f"{PROGRAM}: stopped", file=sys.stderr)
-        exit_code = 130
-    sys.exit(exit_code)
-
-
-def _fail(message: str) -> int:
-    print(f"{PROGRAM}: {' '.join(message.split())}", file=sys.stderr)
-    return 2

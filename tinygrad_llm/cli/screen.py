@@ -1,0 +1,94 @@
+"""What the user sees: plain lines, live bars, times, and the program as it was typed."""
+
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from ..train import Report, Trainer
+
+PROGRAM = "tinygrad-llm"
+
+
+class Screen:
+    """Standard output: a live bar on a terminal, plain lines elsewhere, one line if quiet."""
+
+    def __init__(self, quiet: bool):
+        self.quiet = quiet
+        plain = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
+        self.console = Console(quiet=quiet, **plain)  # text by a model may look like markup
+        self.live = self.console.is_terminal and not quiet
+
+    def say(self, text: str) -> None:
+        """Text that everyone sees, except if quiet."""
+        self.console.print(text)
+
+    def line(self, text: str) -> None:
+        """A line for where there is no live bar."""
+        if not self.live:
+            self.say(text)
+
+    def result(self, path: Path) -> None:
+        """The only line if quiet."""
+        if self.quiet:
+            print(path)
+
+    @contextmanager
+    def progress(self, name: str) -> Iterator[Callable[..., None]]:
+        """A bar as long as the block runs; gives show(done, total, text)."""
+        columns = TextColumn(name), BarColumn(bar_width=16), TextColumn("{task.description}")
+        with Progress(*columns, console=self.console, disable=not self.live) as progress:
+            task = progress.add_task("", total=None)
+
+            def show(done: int, total: int, text: str | None = None) -> None:
+                text = f"{done:,}/{total:,}" if text is None else text
+                progress.update(task, completed=done, total=total, description=text)
+
+            yield show
+
+
+class Clock:
+    """How fast a trainer is, and how long it will take; starts when it is made."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.first_step = trainer, trainer.step
+        self.start = time.monotonic()
+
+    def line(self, report: Report) -> str:
+        """step 20/800  loss 3.210  validation 3.402  18,400 tokens/s  2:10 left"""
+        s = self.trainer.settings
+        parts = [f"step {report.step:,}/{s.steps:,}"]
+        if report.loss is not None:
+            parts.append(f"loss {report.loss:.3f}")
+        parts.append(f"validation {self.trainer.evaluations[-1][1]:.3f}")
+        if done := report.step - self.first_step:
+            per_step = (time.monotonic() - self.start) / done
+            parts.append(f"{s.batch_size * s.context / per_step:,.0f} tokens/s")
+            parts.append(f"{_minutes(per_step * (s.steps - report.step))} left")
+        return "  ".join(parts)
+
+    def elapsed(self) -> str:
+        """Time since the start, as 2:05."""
+        return _minutes(time.monotonic() - self.start)
+
+
+def typed() -> str:
+    """The program as the user can type it here: it need not be on the PATH."""
+    started = Path(sys.argv[0])
+    if started.name == "__main__.py":
+        return "python -m tinygrad_llm"
+    on_path = shutil.which(PROGRAM)
+    if on_path and Path(on_path).absolute() == started.absolute():
+        return PROGRAM
+    return shlex.quote(os.path.relpath(started))
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
