@@ -21,7 +21,7 @@ from rich.text import Text
 
 from ..backend import TABLE
 from .errors import UserError
-from .screen import Screen
+from .screen import Screen, interruptible
 
 PIPED_WIDTH = 160  # columns: enough for all the laws side by side
 BROKEN, SURVIVED, DOES_NOT_APPLY = "FAIL", "SURVIVED", "·"
@@ -126,10 +126,10 @@ def _check_laws(names: list[str], examples: int, seed: int, screen: Screen) -> i
     shown = [law for law in LAWS if any(trial.law is law for trial in trials)]
     table = Table(screen, list(rows), [law.name for law in shown])
     start, done, failures = time.monotonic(), 0, []
-    with screen.progress("checking") as show:
+    with interruptible() as go_on, screen.progress("checking") as show:
         for name, tried in rows.items():
             show(done, len(trials), f"{done}/{len(trials)}  {name}")
-            cells, broken = _results(tried)
+            cells, broken = _results(tried, go_on)
             table.add(name, cells)
             failures += broken
             done += len(tried)
@@ -145,7 +145,7 @@ def _check_laws(names: list[str], examples: int, seed: int, screen: Screen) -> i
     return 1 if failures else 0
 
 
-def _results(trials: list) -> tuple[dict[str, str], list[str]]:
+def _results(trials: list, go_on: Callable) -> tuple[dict[str, str], list[str]]:
     """(column -> cell, what is said about the laws that are broken) for the trials of one row."""
     from ..check import LawError
 
@@ -157,6 +157,7 @@ def _results(trials: list) -> tuple[dict[str, str], list[str]]:
         except LawError as error:
             cells[trial.law.name] = BROKEN
             broken.append(" ".join(str(error).split()))
+        go_on()
     cells["time"] = f"{time.monotonic() - start:.1f}s"
     return cells, broken
 
@@ -218,10 +219,11 @@ def _score_mutants(names: list[str] | None, examples: int, seed: int, screen: Sc
     rows = _bug_rows(planted, one_by_one=names is not None)
     print_row = _bug_printer(screen, rows)
     start, done, kills, survivors = time.monotonic(), 0, Counter(), []
-    with screen.progress("planting") as show:
+    with interruptible() as go_on, screen.progress("planting") as show:
         for where, name, bugs in rows:
             show(done, len(planted), f"{done}/{len(planted)}  {where}")
             found = [verdict(mutant, examples=examples, seed=seed).law for mutant in bugs]
+            go_on()
             print_row(where, name, SURVIVED if None in found else ", ".join(dict.fromkeys(found)))
             kills.update(found)
             survivors += [mutant for mutant, law in zip(bugs, found) if law is None]

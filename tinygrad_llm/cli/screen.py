@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -92,3 +93,28 @@ def typed() -> str:
 
 def _minutes(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], None]]:
+    """Ctrl-C ends what is inside at its next step; a second one, at once. Gives go_on() to call
+    after each step, which raises KeyboardInterrupt then. Raised anywhere, it could be lost: Python
+    drops exceptions in callbacks, such as those that Hypothesis gives the garbage collector.
+    """
+    stopped = False
+    before = signal.getsignal(signal.SIGINT)
+
+    def stop(*_):
+        nonlocal stopped
+        stopped = True
+        signal.signal(signal.SIGINT, before)
+
+    def go_on():
+        if stopped:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield go_on
+    finally:
+        signal.signal(signal.SIGINT, before)
