@@ -29,12 +29,15 @@ setup(
         "hypothesis>=6.100",
     ],
     extras_require={
+        "gpu": ["triton>=3.6,<3.10", "cupy-cuda13x>=14", "ml_dtypes>=0.5"],
         "test": [
             "pytest>=8",
             "torch==2.13.0",
             "array-api-compat>=1.12",
             "array-api-strict>=2.3",
             "transformers>=4.40",
+            "triton>=3.6,<3.10",
+            "ml_dtypes>=0.5",
             "ruff",
         ],
     },

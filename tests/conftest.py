@@ -1,5 +1,6 @@
 """Settings for all tests."""
 
+import ctypes
 import os
 
 # One thread for BLAS: the tests' matrices are small, and two threads that wait for each other make
@@ -7,7 +8,20 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from hypothesis import settings
+
+def a_gpu_is_here():
+    """Whether NVIDIA's driver finds one."""
+    try:
+        return ctypes.CDLL("libcuda.so.1").cuInit(0) == 0
+    except OSError:
+        return False
+
+
+# Without a GPU its kernels run in Triton's interpreter: decided before Triton is imported.
+if not a_gpu_is_here():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from hypothesis import settings  # noqa: E402
 
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("default")

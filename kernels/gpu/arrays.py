@@ -1,0 +1,285 @@
+"""Arrays as a kernel sees them, whoever owns the memory.
+
+A kernel takes CuPy arrays, PyTorch tensors, anything with `__cuda_array_interface__` or DLPack, and
+in the interpreter NumPy arrays; what it returns is of the kind that it was given. PyTorch is never
+imported: whoever passes a tensor has done that.
+"""
+
+import math
+import sys
+
+import numpy as np
+
+from . import driver
+
+
+class DType(str):
+    """A dtype's name, with what Triton asks of a dtype."""
+
+    __slots__ = ("is_floating_point", "itemsize")
+
+    def __new__(cls, name, itemsize, is_floating_point):
+        self = super().__new__(cls, name)
+        self.itemsize, self.is_floating_point = itemsize, is_floating_point
+        return self
+
+
+DTYPES = {
+    name: DType(name, size, "float" in name)
+    for name, size in {
+        "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
+        "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+    }.items()
+}  # fmt: skip
+FLOATS = ("float32", "float16", "bfloat16")
+IDS = ("int32", "int64")
+
+
+class Array:
+    """A view of somebody's array, and a pointer argument of a kernel.
+
+    data       the owner's own object
+    home       which library owns it: see NumPyHome and its siblings
+    dtype      its name, as a DType
+    shape, strides   in elements
+    """
+
+    __slots__ = ("address", "data", "dtype", "home", "shape", "strides")
+
+    def __init__(self, data, home):
+        self.data, self.home = data, home
+        self.address, self.dtype, self.shape, self.strides = home.describe(data)
+
+    def data_ptr(self):
+        return self.address
+
+    @property
+    def ndim(self):
+        return len(self.shape)
+
+    @property
+    def size(self):
+        return math.prod(self.shape)
+
+    def empty(self, shape, dtype=None):
+        """A new C-contiguous array at the same home; MemoryError if there is no room for it."""
+        dtype = self.dtype if dtype is None else DTYPES[dtype]
+        try:
+            return Array(self.home.empty(tuple(shape), dtype, self.data), self.home)
+        except Exception as error:
+            if type(error).__name__ not in ("OutOfMemoryError", "MemoryError", "_ArrayMemoryError"):
+                raise
+            size = math.prod(shape) * dtype.itemsize / 2**30
+            raise MemoryError(
+                f"no room for {size:.2f} GiB (shape {tuple(shape)}, {dtype}) on the device: free "
+                "memory or use smaller arrays"
+            ) from None
+
+    def zeros(self, shape, dtype=None):
+        """The same, filled with zeros."""
+        array = self.empty(shape, dtype)
+        array.home.fill_zero(array.data)
+        return array
+
+    def numpy(self):
+        """A copy on the host, for what has to be known before a launch."""
+        return self.home.numpy(self.data)
+
+
+# --- who owns the memory --------------------------------------------------------------------------
+
+
+class NumPyHome:
+    """Memory of the host: for Triton's interpreter only."""
+
+    module = "numpy"
+
+    def describe(self, x):
+        strides = tuple(s // x.itemsize for s in x.strides)
+        return x.ctypes.data, DTYPES[x.dtype.name], x.shape, strides
+
+    def empty(self, shape, dtype, like):
+        return np.empty(shape, _numpy_dtype(dtype))
+
+    def fill_zero(self, x):
+        x[...] = 0
+
+    def numpy(self, x):
+        return x
+
+
+class CuPyHome:
+    """CuPy's memory pool, on its current stream."""
+
+    module = "cupy"
+
+    def describe(self, x):
+        strides = tuple(s // x.itemsize for s in x.strides)
+        return x.data.ptr, DTYPES[x.dtype.name], x.shape, strides
+
+    def empty(self, shape, dtype, like):
+        return sys.modules["cupy"].empty(shape, _numpy_dtype(dtype))
+
+    def fill_zero(self, x):
+        x.fill(0)
+
+    def numpy(self, x):
+        return x.get()
+
+
+class TorchHome:
+    """PyTorch's tensors, on its current stream."""
+
+    module = "torch"
+
+    def describe(self, x):
+        return x.data_ptr(), DTYPES[str(x.dtype).rpartition(".")[2]], tuple(x.shape), x.stride()
+
+    def empty(self, shape, dtype, like):
+        return like.new_empty(shape, dtype=getattr(sys.modules["torch"], dtype))
+
+    def fill_zero(self, x):
+        x.zero_()
+
+    def numpy(self, x):
+        return x.detach().cpu().numpy()
+
+
+class AbstractHome:
+    """No memory at all: for compiling without a GPU."""
+
+    module = "abstract"
+
+    def describe(self, x):
+        strides = x.strides or tuple(math.prod(x.shape[i + 1 :]) for i in range(len(x.shape)))
+        return 0, DTYPES[x.dtype], x.shape, strides
+
+    def empty(self, shape, dtype, like):
+        return Abstract(shape, dtype)
+
+    def fill_zero(self, x):
+        pass
+
+
+class Abstract:
+    """Shape and dtype of an array that does not exist: see driver.compiling."""
+
+    def __init__(self, shape, dtype, strides=None):
+        self.shape, self.dtype, self.strides = tuple(shape), str(dtype), strides
+
+
+_HOMES = {home.module: home() for home in (NumPyHome, CuPyHome, TorchHome)}
+_ABSTRACT = AbstractHome()
+
+
+def _numpy_dtype(name):
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return ml_dtypes.bfloat16
+    return str(name)
+
+
+def array(x, name, dtypes=FLOATS, ndim=None):
+    """`x` as an Array. TypeError or ValueError, in one line, if no kernel can take it.
+
+    name     what the caller calls it, for messages
+    dtypes   the dtypes that will do
+    ndim     the number of axes, if it matters
+    """
+    if isinstance(x, Array):
+        return x
+    x, home = _at_home(x, name)
+    driver.use(home)
+    try:
+        found = Array(x, home)
+    except KeyError as error:
+        raise TypeError(f"{name} has dtype {x.dtype}; expected {_either(dtypes)}") from error
+    if found.dtype not in dtypes:
+        raise TypeError(f"{name} has dtype {found.dtype}; expected {_either(dtypes)}")
+    if ndim is not None and found.ndim != ndim:
+        raise ValueError(f"{name} has shape {found.shape}; expected {ndim} axes")
+    return found
+
+
+def _at_home(x, name):
+    """(x or a view of it, its home)."""
+    module = type(x).__module__.partition(".")[0]
+    if module == "numpy" and hasattr(x, "ctypes"):
+        if not driver.INTERPRETED:
+            raise TypeError(
+                f"{name} is a NumPy array: the GPU's kernels take CuPy arrays or PyTorch tensors; "
+                "NumPy arrays are for TRITON_INTERPRET=1"
+            )
+        return x, _HOMES["numpy"]
+    if isinstance(x, Abstract):
+        return x, _ABSTRACT
+    if module == "torch" and hasattr(x, "data_ptr"):
+        if not driver.INTERPRETED and x.device.type != "cuda":
+            raise TypeError(f"{name} is on {x.device}; move it to the GPU with .cuda()")
+        return x, _HOMES["torch"]
+    if module == "cupy" and hasattr(x, "data"):
+        return x, _HOMES["cupy"]
+    if hasattr(x, "__cuda_array_interface__") or hasattr(x, "__dlpack__"):
+        import cupy
+
+        viewed = cupy.asarray(x) if hasattr(x, "__cuda_array_interface__") else cupy.from_dlpack(x)
+        return viewed, _HOMES["cupy"]
+    raise TypeError(f"{name} is a {type(x).__name__}; expected an array of CuPy or PyTorch")
+
+
+# --- what kernels demand --------------------------------------------------------------------------
+
+
+def same(kind, **named):
+    """ValueError unless all arrays agree in `kind`: "dtype" or "shape"; TypeError for dtypes."""
+    (first, a), *others = named.items()
+    for name, b in others:
+        if getattr(a, kind) != getattr(b, kind):
+            error = TypeError if kind == "dtype" else ValueError
+            mine, other = getattr(a, kind), getattr(b, kind)
+            raise error(f"{name} has {kind} {other}; expected {mine}, as {first} has")
+
+
+def shaped(x, name, shape):
+    """ValueError unless x has that shape."""
+    if x.shape != tuple(shape):
+        raise ValueError(f"{name} has shape {x.shape}; expected {tuple(shape)}")
+
+
+def inner_contiguous(**named):
+    """ValueError unless the last axis of each array is contiguous."""
+    for name, x in named.items():
+        if x.ndim and x.shape[-1] > 1 and x.strides[-1] != 1:
+            raise ValueError(
+                f"the last axis of {name} has stride {x.strides[-1]}; expected 1: make {name} "
+                "contiguous first"
+            )
+
+
+def not_empty(**named):
+    """ValueError if an array has no elements."""
+    for name, x in named.items():
+        if x.size == 0:
+            raise ValueError(f"{name} has shape {x.shape}; expected at least one element")
+
+
+def rows(x, name):
+    """(number of rows, elements from one row to the next) of an array seen as a matrix: all axes
+    but the last make up the rows. ValueError unless that works without a copy.
+    """
+    inner_contiguous(**{name: x})
+    count, stride = 1, None
+    for length, step in reversed(list(zip(x.shape[:-1], x.strides[:-1]))):
+        if length == 1:
+            continue
+        if stride is None:
+            stride = step
+        elif step != count * stride:
+            raise ValueError(f"the rows of {name} are not evenly spaced: make it contiguous first")
+        count *= length
+    return count, x.shape[-1] if stride is None else stride
+
+
+def _either(names):
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

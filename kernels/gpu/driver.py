@@ -1,0 +1,274 @@
+"""Runs Triton kernels, versions 3.6 to 3.9, without PyTorch in the process.
+
+Triton asks a *driver* which device it is on, which stream to launch on and what chip to compile
+for. Its own driver asks PyTorch (up to 3.7 always; from 3.8 on only if it is there, and else takes
+the default stream). Ours asks the library that owns the arrays. Three situations:
+
+    a GPU                    kernels run on the current stream of CuPy or PyTorch
+    TRITON_INTERPRET=1       they run in Triton's interpreter, on NumPy arrays: see interpreter.py
+    inside compiling(arch)   they are compiled for that chip, on any machine, and not run
+"""
+
+import contextlib
+import functools
+import os
+import sys
+import threading
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver as _triton_driver
+
+from . import interpreter
+
+INTERPRETED = triton.knobs.runtime.interpret
+OLDEST = 80  # compute capability 8.0: bfloat16 and asynchronous copies
+_FLUSH = 256 << 20  # bytes: more than any L2 cache, so that writing them empties it
+_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+class _State(threading.local):
+    chip = None  # what to compile for inside compiling()
+    compiled = None  # what has been compiled there
+    home = None  # whose arrays the kernel is about to get
+
+
+_state = _State()
+
+
+def _prepare():
+    """Once, when this module is imported: nothing of it needs a GPU."""
+    _keep_torch_out()
+    if INTERPRETED:
+        interpreter.repair()
+
+
+# --- launching ------------------------------------------------------------------------------------
+
+
+def launch(kernel, grid, *arguments, **options):
+    """kernel[grid](*arguments, **options). Arguments are Arrays, TensorDescriptors and numbers;
+    options are compile-time constants, num_warps and num_stages.
+    """
+    if INTERPRETED:
+        return kernel[grid](*arguments, **options)
+    options.setdefault("enable_fp_fusion", True)  # Triton 3.9 warns if nobody says
+    _install()
+    if _state.chip is None:
+        return kernel[grid](*arguments, **options)
+    compiled = kernel.warmup(*arguments, grid=grid, **options)
+    _state.compiled.append((kernel, grid, options, compiled))
+
+
+@contextlib.contextmanager
+def compiling(capability):
+    """Inside, kernels are compiled for a chip of that compute capability (90 is Hopper) and not
+    run; arrays are arrays.Abstract. Gives the list that fills with what is compiled, as tuples
+    (kernel, grid, options, triton's CompiledKernel).
+    """
+    before = _state.chip, _state.compiled
+    _state.chip, _state.compiled = capability, []
+    try:
+        yield _state.compiled
+    finally:
+        _state.chip, _state.compiled = before
+
+
+def capability():
+    """The compute capability to choose a configuration for: 90 is Hopper."""
+    if _state.chip is not None:
+        return _state.chip
+    if INTERPRETED:
+        return int(os.environ.get("TINYGRAD_LLM_CAPABILITY", "90"))
+    return _checked(_device_library().capability())
+
+
+def compiles():
+    """Whether kernels are compiled here, not run: inside compiling()."""
+    return _state.chip is not None
+
+
+def use(home):
+    """Launches follow the library that owns these arrays."""
+    _state.home = home.module
+
+
+def multiprocessors():
+    """How many multiprocessors (SMs) the GPU has: the size of a persistent grid."""
+    if _state.chip is not None or INTERPRETED:
+        return {80: 108, 86: 84, 89: 128, 90: 132, 100: 148}.get(capability(), 108)
+    return _device_library().multiprocessors()
+
+
+def device_name():
+    """The GPU's name, such as NVIDIA H200."""
+    return _device_library().name()
+
+
+def milliseconds(run):
+    """How long the GPU works on run(), by its own clock, with a cold L2 cache."""
+    return _device_library().milliseconds(run)
+
+
+def _checked(found):
+    if found < OLDEST:
+        raise RuntimeError(
+            f"this GPU has compute capability {found // 10}.{found % 10}; the kernels need "
+            f"{OLDEST // 10}.{OLDEST % 10} (Ampere) or newer"
+        )
+    return found
+
+
+# --- who knows the device -------------------------------------------------------------------------
+
+
+class _CuPy:
+    def __init__(self):
+        import cupy
+
+        self.empty = cupy.empty
+        self.cuda = cupy.cuda
+        self.device = cupy.cuda.runtime.getDevice
+        self.set_device = cupy.cuda.runtime.setDevice
+        self._properties = functools.cache(cupy.cuda.runtime.getDeviceProperties)
+
+    def stream(self, device):
+        return self.cuda.get_current_stream().ptr
+
+    def capability(self, device=None):
+        found = self._properties(self.device() if device is None else device)
+        return found["major"] * 10 + found["minor"]
+
+    def multiprocessors(self):
+        return self._properties(self.device())["multiProcessorCount"]
+
+    def name(self):
+        return self._properties(self.device())["name"].decode()
+
+    @functools.cached_property
+    def _flushes(self):
+        return self.empty(_FLUSH, "int8")
+
+    def milliseconds(self, run):
+        start, end = self.cuda.Event(), self.cuda.Event()
+        self._flushes.fill(0)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return self.cuda.get_elapsed_time(start, end)
+
+
+class _Torch:
+    def __init__(self):
+        self.torch = sys.modules["torch"]
+        self.cuda = self.torch.cuda
+        self.device, self.set_device = self.cuda.current_device, self.cuda.set_device
+        self._properties = functools.cache(self.cuda.get_device_properties)
+
+    def stream(self, device):
+        return self.cuda.current_stream(device).cuda_stream
+
+    def capability(self, device=None):
+        found = self._properties(self.device() if device is None else device)
+        return found.major * 10 + found.minor
+
+    def multiprocessors(self):
+        return self._properties(self.device()).multi_processor_count
+
+    def name(self):
+        return self._properties(self.device()).name
+
+    @functools.cached_property
+    def _flushes(self):
+        return self.torch.empty(_FLUSH, dtype=self.torch.int8, device="cuda")
+
+    def milliseconds(self, run):
+        start, end = (self.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flushes.zero_()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+_libraries = {}
+
+
+def _device_library():
+    name = "torch" if _state.home == "torch" else "cupy"
+    if name not in _libraries:
+        _libraries[name] = _Torch() if name == "torch" else _CuPy()
+    return _libraries[name]
+
+
+# --- the driver -----------------------------------------------------------------------------------
+
+
+_installed = None
+
+
+def _install():
+    """Makes ours Triton's driver; nothing of it needs a GPU before the first launch."""
+    global _installed
+    if _installed is None:
+        _installed = _driver_class()()
+        _triton_driver.set_active(_installed)
+
+
+def _keep_torch_out():
+    """The first call of Triton 3.6 and 3.7 imports PyTorch if it is installed, which takes seconds
+    and is of no use unless the caller has imported it.
+    """
+    if "torch" in sys.modules or _VERSION >= (3, 8):
+        return
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime.jit import native_specialize_impl
+
+    sys.modules["torch"] = None
+    try:
+        native_specialize_impl(CUDABackend, 1, False, True, True)
+    finally:
+        del sys.modules["torch"]
+
+
+def _driver_class():
+    from triton.backends.nvidia import driver as nvidia
+
+    class Driver(nvidia.CudaDriver):
+        """Triton's own driver, less PyTorch."""
+
+        def __init__(self):
+            self.launcher_cls = nvidia.CudaLauncher
+
+        @property
+        def utils(self):  # compiles C at its first use, and needs libcuda
+            return nvidia.CudaUtils()
+
+        @staticmethod
+        def is_active():
+            return True
+
+        def get_current_device(self):
+            return -_state.chip if _state.chip is not None else _device_library().device()
+
+        def set_current_device(self, device):
+            _device_library().set_device(device)
+
+        def get_current_stream(self, device):
+            return 0 if _state.chip is not None else _device_library().stream(device)
+
+        def get_device_capability(self, device):
+            return divmod(_device_library().capability(device), 10)
+
+        def get_current_target(self):
+            return GPUTarget("cuda", capability(), 32)
+
+        def get_active_torch_device(self):
+            raise RuntimeError("the kernels run without PyTorch")
+
+    return Driver
+
+
+_prepare()

@@ -1,0 +1,133 @@
+"""Which tile sizes a kernel runs with.
+
+A configuration is a dict of compile-time constants plus num_warps and num_stages, ready for
+`launch(..., **configuration)`. Where it comes from, in this order:
+
+1. `using(kernel=configuration)`, for tests and benchmarks;
+2. a search: inside `searching()`, or with TINYGRAD_LLM_AUTOTUNE=1, each candidate is timed on the
+   arguments at hand, and the fastest is kept on disk;
+3. the table on disk: `TINYGRAD_LLM_TUNING`, or ~/.cache/tinygrad_llm/tuning/DEVICE.json;
+4. the table that is shipped: tuned/DEVICE.json beside this file;
+5. the kernel's default for the chip.
+
+A table is JSON: {"device": ..., "triton": ...,
+                  "kernels": {kernel: {key: {"config": {...}, "ms": t}}}}.
+"""
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import triton
+
+from . import driver
+
+SHIPPED = Path(__file__).parent / "tuned"
+_forced = {}
+_tables = {}
+_searching = os.environ.get("TINYGRAD_LLM_AUTOTUNE") == "1"
+
+
+@contextlib.contextmanager
+def using(**configurations):
+    """Inside, the named kernels run with these configurations, whatever the tables say."""
+    before = _forced.copy()
+    _forced.update(configurations)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+@contextlib.contextmanager
+def searching():
+    """Inside, a kernel that meets a key without an entry times its candidates first."""
+    global _searching
+    before, _searching = _searching, True
+    try:
+        yield
+    finally:
+        _searching = before
+
+
+def configuration(kernel, key, default, candidates=(), run=None):
+    """The configuration for `kernel`, a name.
+
+    key         a tuple of what the best choice depends on: dtypes, rounded shapes
+    default     the configuration if nothing is known
+    candidates  what a search tries
+    run         run(configuration) launches the kernel, for a search
+    """
+    if kernel in _forced:
+        return _forced[kernel]
+    if driver.INTERPRETED or driver.compiles():
+        return default
+    key = " ".join(map(str, key))
+    entries = _table()["kernels"].setdefault(kernel, {})
+    if key not in entries and _searching and len(candidates) > 1 and run is not None:
+        entries[key] = _fastest(candidates, run)
+        _store(_table())
+    return entries[key]["config"] if key in entries else default
+
+
+def _fastest(candidates, run):
+    """Each candidate in turns, several times; those that the GPU cannot hold are left out."""
+    times = {}
+    for i, candidate in enumerate(candidates):
+        with contextlib.suppress(triton.runtime.errors.OutOfResources):
+            run(candidate)  # compiles
+            times[i] = []
+    if not times:
+        raise RuntimeError("none of the candidates fits this GPU")
+    for _ in range(7):
+        for i, found in times.items():
+            found.append(driver.milliseconds(lambda i=i: run(candidates[i])))
+    medians = {i: sorted(found)[len(found) // 2] for i, found in times.items()}
+    best = min(medians, key=medians.get)
+    return {"config": candidates[best], "ms": round(medians[best], 5)}
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def path():
+    """The file of the table on disk for the device at hand."""
+    folder = os.environ.get("TINYGRAD_LLM_TUNING") or "~/.cache/tinygrad_llm/tuning"
+    return Path(folder).expanduser() / f"{_device()}.json"
+
+
+def _device():
+    return re.sub(r"[^a-z0-9]+", "-", driver.device_name().lower()).strip("-")
+
+
+def _table():
+    device = _device()
+    if device not in _tables:
+        table = {"device": driver.device_name(), "triton": triton.__version__, "kernels": {}}
+        for file in (SHIPPED / f"{device}.json", path()):
+            for kernel, entries in _read(file).items():
+                table["kernels"].setdefault(kernel, {}).update(entries)
+        _tables[device] = table
+    return _tables[device]
+
+
+def _read(file):
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["kernels"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is not a table of configurations: delete it") from None
+
+
+def _store(table):
+    """Whole or not at all: the table that was there stays until the new one is complete."""
+    file = path()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as new:
+        json.dump(table, new, indent=1, sort_keys=True)
+    os.replace(new.name, file)
