@@ -16,6 +16,7 @@ setup(
         *find_packages(include=["tinygrad_llm*"]),
         *["tinygrad_llm." + name for name in find_packages(include=["kernels*"])],
     ],
+    package_data={"tinygrad_llm.kernels.gpu": ["tuned/*.json"]},
     package_dir={"tinygrad_llm.kernels": "kernels"},
     install_requires=[
         "numpy>=2.1",

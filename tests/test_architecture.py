@@ -19,7 +19,7 @@ PARTS = [*ENGINE, *MODEL, "parallel", "train", "finetune", "evaluate", "cli", "_
 MAY_IMPORT = {part: set(PARTS[:i]) for i, part in enumerate(PARTS)}  # what stands before it
 MAY_IMPORT |= {part: may - {"ops"} for part, may in MAY_IMPORT.items() if part not in ENGINE}
 MAY_IMPORT |= {"kernels": set(), "data": set(), "tokenizer": {"data"}, "__init__": {"tensor"}}
-MAY_IMPORT |= {"pencil": {"ops"}}
+MAY_IMPORT |= {"pencil": {"ops"}, "backend": {"ops", "kernels"}}
 PACKAGES = {"ops": set(), "kernels": {"numpy", "cupy", "triton", "ml_dtypes"}}
 PACKAGES |= {part: {"numpy"} for part in [*ENGINE[1:], "nn", "optim", "gpt"]}
 PACKAGES |= {"pencil": set(), "check": {"numpy", "hypothesis"}}
@@ -76,9 +76,12 @@ def test_every_module_can_be_imported_where_there_is_no_torch():
     run(f"import sys; sys.modules['torch'] = None\nimport {', '.join(names)}")
 
 
-@pytest.mark.parametrize("name", backend.CPU.kernels)
-def test_every_kernel_lives_in_the_file_of_its_ops_name(name):
-    kernel, op = backend.CPU.kernels[name], TABLE[name]
+GPU_KERNELS = backend._load_kernels("tinygrad_llm.kernels.gpu")  # whether or not they can run
+
+
+@pytest.mark.parametrize("name, kernel", [*backend.CPU.kernels.items(), *GPU_KERNELS.items()])
+def test_every_kernel_lives_in_the_file_of_its_ops_name(name, kernel):
+    op = TABLE[name]
     assert kernel.__module__.rpartition(".")[2] == op.vjp.__module__.rpartition(".")[2]
     assert kernel.__name__ == name
     assert kernel.__doc__

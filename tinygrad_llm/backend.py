@@ -6,11 +6,13 @@ A *reading* maps each op to the functions that run it. `MATHS` reads the op's ow
 """
 
 import contextlib
+import functools
 import importlib
 import operator
 import os
 import pkgutil
 import threading
+import warnings
 from functools import partial
 
 import numpy as np
@@ -167,6 +169,26 @@ def _load_kernels(name):
     if unknown:
         raise ImportError(f"kernels for ops that do not exist: {', '.join(unknown)}")
     return found
+
+
+@functools.cache
+def gpu_kernels():
+    """name -> Triton kernel for the ops that have one. Where they cannot run, nothing, and a
+    warning, once, that says why: everything is computed with NumPy then.
+    """
+    reason = _no_gpu()
+    if reason is None:
+        return _load_kernels("tinygrad_llm.kernels.gpu")
+    warnings.warn(f"no GPU kernels: {reason}; computing with NumPy", stacklevel=2)
+    return {}
+
+
+def _no_gpu():
+    try:
+        driver = importlib.import_module("tinygrad_llm.kernels.gpu.driver")
+    except ModuleNotFoundError as error:
+        return str(error)
+    return driver.unavailable()
 
 
 _NUMPY = Space(np)

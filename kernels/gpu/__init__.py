@@ -19,3 +19,8 @@ The rules:
 - The same call gives the same bits: no floating-point atomics.
 - No PyTorch: see driver.py for launching, arrays.py for memory, tuning.py for tile sizes.
 """
+
+import importlib.util
+
+if importlib.util.find_spec("triton") is None:
+    raise ModuleNotFoundError("the GPU kernels need Triton: pip install 'tinygrad_llm[gpu]'")

@@ -213,6 +213,8 @@ def _at_home(x, name):
             )
         return x, _HOMES["numpy"]
     if isinstance(x, Abstract):
+        if not driver.compiles():
+            raise TypeError(f"{name} has no memory: Abstract arrays are for driver.compiling()")
         return x, _ABSTRACT
     if module == "torch" and hasattr(x, "data_ptr"):
         if not driver.INTERPRETED and x.device.type != "cuda":
@@ -220,12 +222,23 @@ def _at_home(x, name):
         return x, _HOMES["torch"]
     if module == "cupy" and hasattr(x, "data"):
         return x, _HOMES["cupy"]
-    if hasattr(x, "__cuda_array_interface__") or hasattr(x, "__dlpack__"):
-        import cupy
+    return _as_cupy(x, name), _HOMES["cupy"]
 
-        viewed = cupy.asarray(x) if hasattr(x, "__cuda_array_interface__") else cupy.from_dlpack(x)
-        return viewed, _HOMES["cupy"]
-    raise TypeError(f"{name} is a {type(x).__name__}; expected an array of CuPy or PyTorch")
+
+def _as_cupy(x, name):
+    """A view of an array of another library, through the protocols that GPU libraries share."""
+    if not (hasattr(x, "__cuda_array_interface__") or hasattr(x, "__dlpack__")):
+        raise TypeError(f"{name} is a {type(x).__name__}; expected an array of CuPy or PyTorch")
+    try:
+        import cupy
+    except ModuleNotFoundError:
+        raise TypeError(
+            f"{name} is a {type(x).__name__}, which CuPy has to read: install it"
+        ) from None
+    try:
+        return cupy.asarray(x) if hasattr(x, "__cuda_array_interface__") else cupy.from_dlpack(x)
+    except Exception as error:  # memory of the host, a dtype that CuPy lacks, no GPU
+        raise TypeError(f"{name} cannot be read by CuPy: {error}") from error
 
 
 # --- what kernels demand --------------------------------------------------------------------------

@@ -53,10 +53,12 @@ def launch(kernel, grid, *arguments, **options):
     if INTERPRETED:
         return kernel[grid](*arguments, **options)
     options.setdefault("enable_fp_fusion", True)  # Triton 3.9 warns if nobody says
-    _install()
-    if _state.chip is None:
-        return kernel[grid](*arguments, **options)
-    compiled = kernel.warmup(*arguments, grid=grid, **options)
+    if _state.chip is None and _state.home == "torch":
+        return kernel[grid](*arguments, **options)  # Triton's own driver asks PyTorch
+    with _driver_installed():
+        if _state.chip is None:
+            return kernel[grid](*arguments, **options)
+        compiled = kernel.warmup(*arguments, grid=grid, **options)
     _state.compiled.append((kernel, grid, options, compiled))
 
 
@@ -98,6 +100,22 @@ def multiprocessors():
     if _state.chip is not None or INTERPRETED:
         return {80: 108, 86: 84, 89: 128, 90: 132, 100: 148}.get(capability(), 108)
     return _device_library().multiprocessors()
+
+
+def unavailable():
+    """Why no kernel can run here, in a few words; None if they can."""
+    if INTERPRETED:
+        return None
+    try:
+        import cupy
+    except ModuleNotFoundError:
+        return "CuPy is not installed"
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+        capability()
+    except Exception as error:  # CuPy's own class, which exists only where CuPy does
+        return f"no GPU can be used ({error})"
+    return None
 
 
 def device_name():
@@ -206,15 +224,15 @@ def _device_library():
 # --- the driver -----------------------------------------------------------------------------------
 
 
-_installed = None
-
-
-def _install():
-    """Makes ours Triton's driver; nothing of it needs a GPU before the first launch."""
-    global _installed
-    if _installed is None:
-        _installed = _driver_class()()
-        _triton_driver.set_active(_installed)
+@contextlib.contextmanager
+def _driver_installed():
+    """Inside, ours is Triton's driver. Other people's kernels go on with theirs."""
+    before = _triton_driver._active  # not .active, which would look for PyTorch
+    _triton_driver.set_active(_driver())
+    try:
+        yield
+    finally:
+        _triton_driver.set_active(before)
 
 
 def _keep_torch_out():
@@ -233,7 +251,9 @@ def _keep_torch_out():
         del sys.modules["torch"]
 
 
-def _driver_class():
+@functools.cache
+def _driver():
+    """The only instance; nothing of it needs a GPU before the first launch."""
     from triton.backends.nvidia import driver as nvidia
 
     class Driver(nvidia.CudaDriver):
@@ -242,8 +262,8 @@ def _driver_class():
         def __init__(self):
             self.launcher_cls = nvidia.CudaLauncher
 
-        @property
-        def utils(self):  # compiles C at its first use, and needs libcuda
+        @functools.cached_property
+        def utils(self):  # compiles C, and needs libcuda
             return nvidia.CudaUtils()
 
         @staticmethod
@@ -268,7 +288,7 @@ def _driver_class():
         def get_active_torch_device(self):
             raise RuntimeError("the kernels run without PyTorch")
 
-    return Driver
+    return Driver()
 
 
 _prepare()

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import tempfile
+import warnings
 from pathlib import Path
 
 import triton
@@ -125,9 +126,14 @@ def _read(file):
 
 
 def _store(table):
-    """Whole or not at all: the table that was there stays until the new one is complete."""
+    """Whole or not at all: the table that was there stays until the new one is complete. Where it
+    cannot be written, what was found is used, with a warning, and found again next time.
+    """
     file = path()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as new:
-        json.dump(table, new, indent=1, sort_keys=True)
-    os.replace(new.name, file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:
+            json.dump(table, new, indent=1, sort_keys=True)
+        os.replace(new.name, file)
+    except OSError as error:
+        warnings.warn(f"{file} cannot be written ({error}); set TINYGRAD_LLM_TUNING", stacklevel=2)

@@ -1,0 +1,443 @@
+"""What every kernel of kernels/gpu stands on: launching without PyTorch, arrays of any library,
+the mended interpreter, tables of tile sizes."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from gpu_harness import ON_GPU
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tinygrad_llm.kernels.gpu import driver, tuning
+from tinygrad_llm.kernels.gpu import reduce as kernels
+from tinygrad_llm.kernels.gpu.arrays import Abstract, Array, array, rows
+
+from tinygrad_llm import backend
+
+BFLOAT16 = ml_dtypes.bfloat16
+interpreter_only = pytest.mark.skipif(ON_GPU, reason="about Triton's interpreter")
+
+
+def process(program, **environment):
+    """The program's standard output, as words. PyTorch may be installed: it is not to be loaded."""
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=inherited | environment,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split()
+
+
+# --- without PyTorch ------------------------------------------------------------------------------
+
+SOFTMAX = """
+import sys
+import numpy as np
+from tinygrad_llm.kernels.gpu import driver, reduce
+from tinygrad_llm.kernels.gpu.arrays import Abstract
+"""
+
+
+def test_the_interpreter_runs_without_pytorch():
+    words = process(
+        SOFTMAX + "y, _ = reduce.softmax.forward(np.zeros((2, 5), np.float32))\n"
+        "print(y[1, 4], 'torch' in sys.modules)",
+        TRITON_INTERPRET="1",
+    )
+    assert words == ["0.2", "False"]
+
+
+@pytest.mark.parametrize("chip", [80, 90, 100])
+def test_kernels_compile_without_pytorch_and_without_a_gpu(chip):
+    words = process(
+        SOFTMAX + f"with driver.compiling({chip}) as compiled:\n"
+        "    y, _ = reduce.softmax.forward(Abstract((64, 768), 'bfloat16'))\n"
+        "[(kernel, grid, options, binary)] = compiled\n"
+        "print(y.shape, y.dtype, binary.metadata.target.arch, 'torch' in sys.modules)\n"
+        "assert len(binary.asm['cubin']) > 1000\n"
+    )
+    assert words == ["(64,", "768)", "bfloat16", str(chip), "False"]
+
+
+def test_other_peoples_kernels_keep_their_driver():
+    words = process(
+        SOFTMAX + "from triton.runtime import driver as tritons\n"
+        "tritons.set_active('theirs')\n"
+        "with driver.compiling(90):\n"
+        "    reduce.softmax.forward(Abstract((2, 8), 'float32'))\n"
+        "print(tritons.active)"
+    )
+    assert words == ["theirs"]
+
+
+class FakeGPU:
+    """What the driver asks of CuPy or PyTorch."""
+
+    def __init__(self, capability=90, name="NVIDIA H200", times=()):
+        self._capability, self._name, self._times = capability, name, iter(times)
+
+    def capability(self, device=None):
+        return self._capability
+
+    def device(self):
+        return 3
+
+    def stream(self, device):
+        return 1000 + device
+
+    def multiprocessors(self):
+        return 132
+
+    def name(self):
+        return self._name
+
+    def milliseconds(self, run):
+        run()
+        return next(self._times)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(...) makes the driver believe in a FakeGPU."""
+
+    def install(**facts):
+        monkeypatch.setattr(driver, "INTERPRETED", False)
+        monkeypatch.setattr(driver, "_device_library", lambda: FakeGPU(**facts))
+
+    return install
+
+
+def test_the_driver_asks_who_owns_the_arrays(gpu):
+    gpu()
+    ours = driver._driver()
+    assert ours.get_current_device() == 3 and ours.get_current_stream(3) == 1003
+    target = ours.get_current_target()
+    assert (target.backend, target.arch, target.warp_size) == ("cuda", 90, 32)
+    assert ours.get_device_capability(3) == (9, 0) and driver.multiprocessors() == 132
+
+
+def test_a_gpu_that_is_too_old_is_refused(gpu):
+    gpu(capability=75)
+    with pytest.raises(RuntimeError, match=r"compute capability 7\.5; the kernels need 8\.0"):
+        driver.capability()
+
+
+def test_without_a_gpu_everything_falls_back_to_numpy_and_says_so_once():
+    program = """
+import warnings
+from tinygrad_llm import Tensor, backend
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    assert backend.gpu_kernels() == {} == backend.gpu_kernels()
+print(len(said), said[0].message)
+"""
+    missing = "import sys\nsys.modules['cupy'] = None\n"
+    words = " ".join(process(missing + program))
+    assert words == "1 no GPU kernels: CuPy is not installed; computing with NumPy"
+    missing = "import importlib.util as u\nreal = u.find_spec\n"
+    missing += "u.find_spec = lambda name, *a: None if name == 'triton' else real(name, *a)\n"
+    words = " ".join(process(missing + program))
+    assert words.startswith("1 no GPU kernels: the GPU kernels need Triton: pip install")
+
+
+@interpreter_only
+def test_the_kernels_of_ops_are_found_by_the_ops_names():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = backend.gpu_kernels()
+    assert found["softmax"] is kernels.softmax
+
+
+# --- arrays ---------------------------------------------------------------------------------------
+
+
+@interpreter_only
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_pytorch_tensors_come_back_as_pytorch_tensors(dtype):
+    x = torch.randn(3, 7).to(getattr(torch, dtype))
+    y, saved = kernels.softmax.forward(x)
+    assert isinstance(y, torch.Tensor) and y.dtype == x.dtype
+    torch.testing.assert_close(y, torch.softmax(x, -1))
+    (x_bar,) = kernels.softmax.vjp(y, y, x, saved=saved, needs=(True,))
+    assert isinstance(x_bar, torch.Tensor) and x_bar.shape == x.shape
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_any_array_of_a_gpu_library_will_do():
+    import cupy
+
+    class Foreign:
+        def __init__(self, x):
+            self.__cuda_array_interface__ = x.__cuda_array_interface__
+
+    x = cupy.random.standard_normal((3, 7)).astype("float32")
+    expected, _ = kernels.softmax.forward(x)
+    for foreign in (Foreign(x), torch.from_dlpack(x)):
+        y, _ = kernels.softmax.forward(foreign)
+        assert cupy.array_equal(cupy.asarray(y), expected)
+
+
+class OnTheHost:
+    def __dlpack__(self, **_):
+        return np.zeros((2, 3), np.float32).__dlpack__()
+
+    def __dlpack_device__(self):
+        return (1, 0)
+
+
+@pytest.mark.parametrize(
+    "x, message",
+    [
+        ([1.0, 2.0], "x is a list; expected an array of CuPy or PyTorch"),
+        (np.zeros((2, 3), np.int32), "x has dtype int32; expected float32, float16 or bfloat16"),
+        (np.zeros((2, 3), np.complex64), "x has dtype complex64; expected float32, float16 or"),
+        (Abstract((2, 3), "float32"), r"Abstract arrays are for driver.compiling\(\)"),
+        (OnTheHost(), "x cannot be read by CuPy|which CuPy has to read"),
+    ],
+)
+@interpreter_only
+def test_what_is_no_array_for_a_kernel(x, message):
+    with pytest.raises(TypeError, match=message):
+        kernels.softmax.forward(x)
+
+
+def test_numpy_arrays_and_tensors_of_the_host_need_the_interpreter():
+    program = SOFTMAX + "import torch\nfor x in (np.zeros((2, 3), 'f4'), torch.zeros(2, 3)):\n"
+    program += "    try:\n        reduce.softmax.forward(x)\n"
+    program += "    except TypeError as error:\n        print(error, end=' | ')"
+    said = " ".join(process(program))
+    assert "x is a NumPy array: the GPU's kernels take CuPy arrays or PyTorch tensors" in said
+    assert "x is on cpu; move it to the GPU with .cuda()" in said
+
+
+def test_no_room_on_the_device_is_a_memory_error():
+    class OutOfMemoryError(Exception):
+        pass
+
+    class Full:
+        def describe(self, x):
+            return 0, "float32", x.shape, (1,)
+
+        def empty(self, shape, dtype, like):
+            raise OutOfMemoryError("of 80 GiB ...")
+
+    with pytest.raises(MemoryError, match=r"no room for 4\.00 GiB \(shape \(1024, 1048576\), flo"):
+        Array(Abstract((3,), "float32"), Full()).empty((1024, 1 << 20), "float32")
+
+
+@interpreter_only
+@given(st.data())
+@settings(max_examples=60)
+def test_rows_are_where_numpy_has_them(data):
+    shape = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
+    order = data.draw(st.permutations(range(len(shape))))
+    gaps = [data.draw(st.integers(0, 1)) for _ in shape]
+    base = np.arange(np.prod([n + g for n, g in zip(shape, gaps)]), dtype=np.float32)
+    x = base.reshape([n + g for n, g in zip(shape, gaps)])
+    x = x[tuple(slice(n) for n in shape)].transpose(order)
+    try:
+        count, stride = rows(array(x, "x"), "x")
+    except ValueError as error:
+        assert "make" in str(error) and "contiguous" in str(error)
+        return
+    first = [int(x.reshape(-1, x.shape[-1])[i, 0]) for i in range(count)]
+    assert count == x.size // x.shape[-1]
+    assert first == [i * stride for i in range(count)]
+
+
+# --- the interpreter ------------------------------------------------------------------------------
+
+
+@triton.jit
+def _every_way(x, y, out, n, N: tl.constexpr):
+    i = tl.arange(0, N)
+    a = tl.load(x + i, mask=i < n, other=0.0)
+    b = tl.load(y + i, mask=i < n, other=0.0)
+    tl.store(out + 0 * n + i, a + b, mask=i < n)
+    tl.store(out + 1 * n + i, a * b, mask=i < n)
+    tl.store(out + 2 * n + i, (a.to(tl.float32) * 3.1).to(tl.bfloat16), mask=i < n)
+    tl.store(out + 3 * n + i, tl.where(a > b, a, b), mask=i < n)
+    tl.store(out + 4 * n + i, -a, mask=i < n)
+
+
+@triton.jit
+def _dot(a, b, c, N: tl.constexpr):
+    i = tl.arange(0, N)
+    at = i[:, None] * N + i[None, :]
+    tl.store(c + at, tl.dot(tl.load(a + at), tl.load(b + at)))
+
+
+def bfloat16(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(BFLOAT16)
+
+
+@interpreter_only
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=20)
+def test_bfloat16_is_computed_as_the_hardware_does(seed):
+    """Exact sums and products, rounded to nearest, ties to even. In Triton's own interpreter these
+    are sums and products of the bits, read as integers."""
+    x, y = bfloat16(50, seed=seed), bfloat16(50, seed=seed + 1)
+    out = np.zeros((5, 50), BFLOAT16)
+    driver.launch(_every_way, (1,), *(array(a, "a") for a in (x, y, out)), 50, N=64)
+    wide_x, wide_y = x.astype(np.float32), y.astype(np.float32)
+    exact = [wide_x + wide_y, wide_x * wide_y, wide_x * np.float32(3.1), np.maximum(x, y), -x]
+    assert np.array_equal(out, np.array(exact).astype(BFLOAT16))
+
+
+@interpreter_only
+def test_float32_is_rounded_to_bfloat16_not_cut_off():
+    x = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+
+    @triton.jit
+    def _cast(x, y, N: tl.constexpr):
+        i = tl.arange(0, N)
+        tl.store(y + i, tl.load(x + i).to(y.dtype.element_ty))
+
+    y = np.zeros(x.shape, BFLOAT16)
+    driver.launch(_cast, (1,), array(x, "x"), array(y, "y"), N=x.size)
+    assert np.array_equal(y, x.astype(BFLOAT16))
+    cut_off = (x.view(np.uint32) >> 16).astype(np.uint16).view(BFLOAT16)
+    assert np.sum(y != cut_off) > 1000
+
+
+@interpreter_only
+def test_a_dot_of_bfloat16_is_summed_in_float32():
+    a, b, c = bfloat16(32, 32), bfloat16(32, 32, seed=1), np.zeros((32, 32), np.float32)
+    driver.launch(_dot, (1,), *(array(m, "m") for m in (a, b, c)), N=32)
+    exact = a.astype(np.float64) @ b.astype(np.float64)
+    bound = 32 * 2**-24 * (np.abs(a.astype(np.float64)) @ np.abs(b.astype(np.float64)))
+    assert np.all(np.abs(c - exact) <= bound)
+
+
+@interpreter_only
+def test_a_loop_bound_may_be_read_from_memory():
+    @triton.jit
+    def _count(n, out):
+        total = 0
+        for _ in range(tl.load(n)):
+            total += 2
+        tl.store(out, total)
+
+    out = np.zeros(1, np.int32)
+    ids = ("int32",)
+    driver.launch(_count, (1,), array(np.array([21], np.int32), "n", ids), array(out, "o", ids))
+    assert out[0] == 42
+
+
+# --- tables of tile sizes -------------------------------------------------------------------------
+
+DEFAULT = {"N": 16, "num_warps": 4}
+CANDIDATES = [{"N": 32, "num_warps": 4}, {"N": 64, "num_warps": 8}, {"N": 128, "num_warps": 8}]
+
+
+@pytest.fixture
+def tables(gpu, monkeypatch, tmp_path):
+    """Tables in a folder of the test's own; tables(times...) is the GPU's clock."""
+    monkeypatch.setenv("TINYGRAD_LLM_TUNING", str(tmp_path / "own"))
+    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(tuning, "_searching", False)
+
+    def install(*times):
+        monkeypatch.setattr(tuning, "_tables", {})
+        gpu(times=times)
+        clock = FakeGPU(times=times)
+        monkeypatch.setattr(driver, "_device_library", lambda: clock)
+
+    install()
+    return install
+
+
+def chosen(run=None, key=("bfloat16", 4096)):
+    return tuning.configuration("softmax", key, DEFAULT, CANDIDATES, run)
+
+
+def write(file, config):
+    file.parent.mkdir(exist_ok=True)
+    entry = {"bfloat16 4096": {"config": config, "ms": 1.0}}
+    file.write_text(json.dumps({"device": "d", "triton": "t", "kernels": {"softmax": entry}}))
+
+
+def test_the_default_then_the_shipped_table_then_the_users_then_force(tables, tmp_path):
+    assert chosen() == DEFAULT
+    write(tmp_path / "shipped" / "nvidia-h200.json", CANDIDATES[0])
+    tables()
+    assert chosen() == CANDIDATES[0] and chosen(key=("float16", 1)) == DEFAULT
+    write(tuning.path(), CANDIDATES[1])
+    tables()
+    assert chosen() == CANDIDATES[1]
+    with tuning.using(softmax=CANDIDATES[2]):
+        assert chosen() == CANDIDATES[2]
+    assert chosen() == CANDIDATES[1]
+
+
+def test_a_search_keeps_the_fastest_for_the_next_process(tables):
+    tried = []
+    tables(*[3.0, 1.0, 2.0] * 7)
+    with tuning.searching():
+        assert chosen(run=tried.append) == CANDIDATES[1]
+    assert [tried.count(c) for c in CANDIDATES] == [8, 8, 8]  # once to compile, seven times timed
+    tables()  # a new process
+    assert chosen() == CANDIDATES[1]
+    table = json.loads(tuning.path().read_text())
+    assert table["device"] == "NVIDIA H200" and table["triton"] == triton.__version__
+    entry = table["kernels"]["softmax"]["bfloat16 4096"]
+    assert entry == {"config": CANDIDATES[1], "ms": 1.0}
+
+
+def test_a_candidate_that_does_not_fit_is_left_out(tables):
+    def run(candidate):
+        if candidate == CANDIDATES[1]:
+            raise triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
+
+    tables(*[3.0, 2.0] * 7)
+    with tuning.searching():
+        assert chosen(run=run) == CANDIDATES[2]
+
+
+def test_a_search_that_is_interrupted_leaves_the_table_as_it_was(tables):
+    write(tuning.path(), CANDIDATES[0])
+    before = tuning.path().read_bytes()
+
+    def run(candidate):
+        raise KeyboardInterrupt
+
+    tables()
+    with tuning.searching(), contextlib.suppress(KeyboardInterrupt):
+        chosen(run=run, key=("float32", 1))
+    assert tuning.path().read_bytes() == before and len(list(tuning.path().parent.iterdir())) == 1
+
+
+def test_a_table_that_cannot_be_written_is_a_warning(tables, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TINYGRAD_LLM_TUNING", str(tmp_path / "file" / "folder"))
+    tables(*[1.0, 2.0, 3.0] * 7)
+    with tuning.searching(), pytest.warns(UserWarning, match="cannot be written .* TINYGRAD_LLM_T"):
+        assert chosen(run=lambda _: None) == CANDIDATES[0]
+    assert chosen() == CANDIDATES[0]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null"])
+def test_a_damaged_table_is_named(tables, text):
+    tuning.path().parent.mkdir()
+    tuning.path().write_text(text)
+    with pytest.raises(ValueError, match=r"nvidia-h200\.json is not a table .*: delete it"):
+        chosen()
+
+
+@interpreter_only
+def test_the_interpreter_takes_the_default():
+    with tuning.searching():
+        assert chosen(run=None) == DEFAULT
