@@ -4,9 +4,12 @@ the mended interpreter, tables of tile sizes."""
 import contextlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -126,6 +129,45 @@ def test_the_driver_asks_who_owns_the_arrays(gpu):
     target = ours.get_current_target()
     assert (target.backend, target.arch, target.warp_size) == ("cuda", 90, 32)
     assert ours.get_device_capability(3) == (9, 0) and driver.multiprocessors() == 132
+
+
+@pytest.fixture(scope="module")
+def fake_cuda(tmp_path_factory):
+    """The environment of a process whose libcuda is fake_cuda.c."""
+    if shutil.which("gcc") is None:
+        pytest.skip("needs gcc, as Triton does to launch")
+    folder = tmp_path_factory.mktemp("cuda")
+    headers = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    source, library = Path(__file__).with_name("fake_cuda.c"), folder / "libcuda.so.1"
+    command = ["gcc", "-shared", "-fPIC", "-w", "-I", headers, "-o", library, source]
+    subprocess.run(command, check=True)
+    return {"TRITON_LIBCUDA_PATH": str(folder), "LD_LIBRARY_PATH": str(folder)}
+
+
+LAUNCH = """
+import sys
+from tinygrad_llm.kernels.gpu import driver, reduce
+from tinygrad_llm.kernels.gpu.arrays import Abstract, AbstractHome, Array
+
+class Library:
+    device = staticmethod(lambda: 3)
+    def stream(self, device): return 1000 + device
+    def capability(self, device=None): return 90
+    def multiprocessors(self): return 132
+
+class Home(AbstractHome):
+    def describe(self, x): return (0x1000, *super().describe(x)[1:])
+
+driver._device_library = Library
+def on_gpu(*shape): return Array(Abstract(shape, "bfloat16"), Home())
+"""
+
+
+def test_a_launch_reaches_the_gpus_driver_without_pytorch(fake_cuda):
+    program = LAUNCH + "reduce.softmax.forward(on_gpu(4, 64))\nprint('torch' in sys.modules)"
+    words = " ".join(process(program, **fake_cuda))
+    launch = r"launch 4x1x1 of \d+ threads on stream 1003, first pointer 1000"
+    assert re.fullmatch(rf"load _softmax_forward {launch} False", words)
 
 
 def test_a_gpu_that_is_too_old_is_refused(gpu):
