@@ -75,13 +75,15 @@ def truth(reference, arrays, dtype, g=None):
     where = [i for i, is_float in enumerate(floats) if is_float]
 
     def compute(arrays):
+        *arrays, g_here = arrays  # disturbed as well: b̄ = Σ g is rounded too
         inputs = [Tensor(a, requires_grad=f) for a, f in zip(arrays, floats)]
         y = reference(*inputs)
         if g is None:
             return [y.data]
-        found = grad(y, [inputs[i] for i in where], Tensor(g), allow_unused=True)
+        found = grad(y, [inputs[i] for i in where], Tensor(g_here), allow_unused=True)
         return [y.data, *(np.zeros(()) if d is None else d.data for d in found)]
 
+    wide.append(g)
     with backend.using(backend.MATHS):
         values = compute(wide)
     units = [u * EPS[dtype] / np.finfo(np.float64).eps for u in spread(compute, wide)]
@@ -108,12 +110,15 @@ def _typical(unit):
     return np.sqrt(np.mean(unit**2)) if unit.size else 0.0
 
 
-def agrees(kernel, reference, arrays, dtype, *, g, draw_needs=None, limit=4.0, **attributes):
-    """kernel.forward and kernel.vjp against reference(*Tensors): values, dtypes, gradients."""
+def agrees(kernel, reference, arrays, dtype, *, g, draw=None, limit=4.0, **attributes):
+    """kernel.forward and kernel.vjp against reference(*Tensors): values, dtypes, gradients. With
+    `draw`, g may have rows that lie apart, too.
+    """
     on_device = [device(a) for a in arrays]
     before = [host(a).copy() for a in on_device]
     y, saved = kernel.forward(*on_device, **attributes)
     g = rounded(g, host(y).dtype.name)
+    g = g if draw is None else spaced(draw, g)
     value, *gradients = truth(reference, arrays, dtype, g.astype(np.float64))
     close(y, value, limit)
     needs = tuple(e is not None for e in gradients)

@@ -5,6 +5,7 @@ in the interpreter NumPy arrays; what it returns is of the kind that it was give
 imported: whoever passes a tensor has done that.
 """
 
+import copy
 import math
 import sys
 
@@ -81,6 +82,27 @@ class Array:
         array.home.fill_zero(array.data)
         return array
 
+    def __getitem__(self, part):
+        """A view of a part: slices only."""
+        return Array(self.data[part], self.home)
+
+    def view(self, shape, strides, start=0):
+        """The same memory as another shape and strides say, from its element `start` on: a pointer
+        to launch with, whose `data` stays the whole array.
+        """
+        view = copy.copy(self)
+        view.shape, view.strides = tuple(shape), tuple(strides)
+        view.address += start * self.dtype.itemsize
+        return view
+
+    def upload(self, x):
+        """A NumPy array as a new one at the same home."""
+        return Array(self.home.upload(x, self.data), self.home)
+
+    def swapaxes(self, i, j):
+        """A view with two axes exchanged."""
+        return Array(self.data.swapaxes(i, j), self.home)
+
     def numpy(self):
         """A copy on the host, for what has to be known before a launch."""
         return self.home.numpy(self.data)
@@ -104,6 +126,9 @@ class NumPyHome:
     def fill_zero(self, x):
         x[...] = 0
 
+    def upload(self, x, like):
+        return x.copy()
+
     def numpy(self, x):
         return x
 
@@ -123,6 +148,9 @@ class CuPyHome:
     def fill_zero(self, x):
         x.fill(0)
 
+    def upload(self, x, like):
+        return sys.modules["cupy"].asarray(x)
+
     def numpy(self, x):
         return x.get()
 
@@ -140,6 +168,9 @@ class TorchHome:
 
     def fill_zero(self, x):
         x.zero_()
+
+    def upload(self, x, like):
+        return sys.modules["torch"].from_numpy(x).to(like.device)
 
     def numpy(self, x):
         return x.detach().cpu().numpy()
@@ -160,12 +191,26 @@ class AbstractHome:
     def fill_zero(self, x):
         pass
 
+    def upload(self, x, like):
+        return Abstract(x.shape, x.dtype)
+
 
 class Abstract:
     """Shape and dtype of an array that does not exist: see driver.compiling."""
 
     def __init__(self, shape, dtype, strides=None):
         self.shape, self.dtype, self.strides = tuple(shape), str(dtype), strides
+
+    def __getitem__(self, part):
+        strides = _ABSTRACT.describe(self)[3]
+        shape = np.broadcast_to(0, self.shape)[part].shape
+        return Abstract(shape, self.dtype, strides[-len(shape) :])
+
+    def swapaxes(self, i, j):
+        shape, strides = list(self.shape), list(_ABSTRACT.describe(self)[3])
+        for x in (shape, strides):
+            x[i], x[j] = x[j], x[i]
+        return Abstract(shape, self.dtype, tuple(strides))
 
 
 _HOMES = {home.module: home() for home in (NumPyHome, CuPyHome, TorchHome)}
@@ -281,6 +326,8 @@ def rows(x, name):
     """(number of rows, elements from one row to the next) of an array seen as a matrix: all axes
     but the last make up the rows. ValueError unless that works without a copy.
     """
+    if x.ndim == 0:
+        raise ValueError(f"{name} has shape (); expected at least one axis")
     inner_contiguous(**{name: x})
     count, stride = 1, None
     for length, step in reversed(list(zip(x.shape[:-1], x.strides[:-1]))):

@@ -37,6 +37,7 @@ def repair():
         number = lambda self: int(self.handle.data.item())  # noqa: E731
         scope[0].set_attr(tensor, "__index__", number) if scope else None
 
+    theirs._patch_lang = _once_for_each_launch(theirs._patch_lang)
     theirs._get_np_dtype = with_bfloat16
     theirs._interpreter = _Memory(theirs._interpreter)
     theirs._patch_lang_tensor = index_too
@@ -45,6 +46,30 @@ def repair():
     builder.create_dot = dot_in_float32
     theirs.GridExecutor._init_args_hst = lambda self, args, kwargs: (args, kwargs)
     theirs.GridExecutor._restore_args_dev = lambda self, *args: None
+
+
+def _once_for_each_launch(patch):
+    """A launch puts the interpreter's functions into triton.language; so does, again, each call of
+    one jit function by another, which takes longer than the call. Here only the launch does.
+    """
+    patched = set()
+
+    def patch_once(fn):
+        modules = {id(m) for m in fn.__globals__.values() if m is tl or m is tl.core}
+        if modules <= patched:
+            return theirs._LangPatchScope()  # with nothing to restore
+        scope = patch(fn)
+        patched.update(modules)
+        restore = scope.restore
+
+        def restored():
+            patched.clear()
+            restore()
+
+        scope.restore = restored
+        return scope
+
+    return patch_once
 
 
 def _widened(handle):

@@ -30,6 +30,7 @@ SHIPPED = Path(__file__).parent / "tuned"
 _forced = {}
 _tables = {}
 _searching = os.environ.get("TINYGRAD_LLM_AUTOTUNE") == "1"
+_choices = None
 
 
 @contextlib.contextmanager
@@ -55,6 +56,17 @@ def searching():
         _searching = before
 
 
+@contextlib.contextmanager
+def recording():
+    """Gives a list that fills with (kernel, key, default, candidates) whenever one is chosen."""
+    global _choices
+    before, _choices = _choices, []
+    try:
+        yield _choices
+    finally:
+        _choices = before
+
+
 def configuration(kernel, key, default, candidates=(), run=None):
     """The configuration for `kernel`, a name.
 
@@ -63,6 +75,8 @@ def configuration(kernel, key, default, candidates=(), run=None):
     candidates  what a search tries
     run         run(configuration) launches the kernel, for a search
     """
+    if _choices is not None:
+        _choices.append((kernel, key, default, candidates))
     if kernel in _forced:
         return _forced[kernel]
     if driver.INTERPRETED or driver.compiles():
@@ -90,6 +104,11 @@ def _fastest(candidates, run):
     medians = {i: sorted(found)[len(found) // 2] for i, found in times.items()}
     best = min(medians, key=medians.get)
     return {"config": candidates[best], "ms": round(medians[best], 5)}
+
+
+def start_afresh():
+    """Forgets the tables of the device at hand: a search then fills a new one."""
+    _table()["kernels"].clear()
 
 
 # --- tables ---------------------------------------------------------------------------------------
