@@ -1,12 +1,13 @@
 """The command line, from the repository's root:
 
-    python -m benchmarks ops | train | shakespeare | gradcheck
+    python -m benchmarks ops | train | shakespeare | gradcheck | kernels
 
 Each command sets the number of threads first and imports the rest afterwards: see machine.py.
 """
 
 import os
 import sys
+import time
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +25,7 @@ Rounds = Annotated[int, typer.Option(min=1, help="Turns that each alternative ge
 Save = Annotated[bool, typer.Option("--save", help="Write JSON and Markdown into --results.")]
 Results = Annotated[Path, typer.Option(metavar="DIR", help="Where --save writes.")]
 Size = StrEnum("Size", ["tiny", "small", "gpt2"])
+Chip = StrEnum("Chip", ["80", "90", "100"])
 Model = StrEnum("Model", [("tiny", "tiny"), ("nano", "nanogpt-cpu"), ("default", "default-job")])
 
 
@@ -144,6 +146,113 @@ def gradcheck(
     data["large arrays"], more = measure_sizes(clock)
     settings = {"ops": ", ".join(op or ["all"]), "cases": cases}
     finish(Result("gradcheck", settings, data, [*tables, more], notes), description, save, results)
+
+
+@app.command()
+def kernels(
+    only: Annotated[
+        list[str] | None, typer.Option(help="Workloads with this in their name; may be repeated.")
+    ] = None,
+    rounds: Rounds = 5,
+    minutes: Annotated[float, typer.Option(min=0.0, help="What has not begun by then is not.")] = 9,
+    tests: Annotated[bool, typer.Option(help="Run the GPU's tests first.")] = True,
+    tune: Annotated[bool, typer.Option(help="Search tile sizes; --save ships them.")] = False,
+    compile_only: Annotated[
+        bool, typer.Option("--compile", help="Compile and inspect all of it, without a GPU.")
+    ] = False,
+    chip: Annotated[
+        list[Chip] | None, typer.Option(help="With --compile; may be repeated. Without: all.")
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="With --compile: every candidate for every chip.")
+    ] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Of --compile.")] = 2,
+    save: Save = False,
+    results: Results = RESULTS,
+):
+    """The GPU kernels: raced against PyTorch on a GPU, or compiled and inspected without one."""
+    started = time.monotonic()
+    os.environ.pop("TRITON_INTERPRET", None)  # read when Triton is imported: not yet
+    if not machine.installed("triton"):
+        fail("this needs Triton: pip install -e '.[test]'")
+    if compile_only:
+        return compile_kernels(only, chip, every, processes, save, results)
+    from .kernels import race
+    from .kernels.workloads import catalogue
+
+    gpu = race_ready()
+    workloads = matching(catalogue(), only, "workload")
+    description = machine.describe(threads=1) | {"gpu": gpu.name}
+    method = race.OnDevice(rounds, seconds=0.02, gpu=gpu)
+    data, notes, failed = {}, [], []
+    if tests:
+        say("running the GPU's tests")
+        data["tests"] = race.run_tests()
+        failed = [name for name, found in data["tests"].items() if not found["passed"]]
+        notes += [f"{name}: {found['said']}" for name, found in data["tests"].items()]
+    if tune:
+        race.tune(workloads, gpu, say, afresh=not only, ship=save)
+    data["roofline"] = race.measure_roofline(gpu, method)
+    deadline = started + 60 * minutes
+    data["kernels"] = race.run_all(workloads, gpu, method, data["roofline"], deadline, say)
+    failed += [result["name"] for result in data["kernels"] if result["problem"]]
+    notes = race.notes(data["kernels"], data["roofline"], time.monotonic() - started) + notes
+    settings = {"rounds": rounds, "only": ", ".join(only or ["all"])} | race.versions()
+    tables = [race.table(data["kernels"])]
+    result = Result("kernels", settings, data, tables, notes, width=180)
+    finish(result, description, save, results)
+    if save:
+        from .kernels.picture import draw
+
+        title = f"{gpu.name}, {', '.join(f'{k} {v}' for k, v in race.versions().items())}"
+        path = result.path(results, description, ".png")
+        print(f"saved {draw(data['kernels'], data['roofline'], title, path).name}")
+    if failed:
+        fail(f"failed: {', '.join(failed)}", code=1)
+
+
+def race_ready():
+    """The GPU or, without one, a line that says what is missing."""
+    hint = "`python -m benchmarks kernels --compile` works without"
+    if not machine.installed("torch"):
+        fail(f"this needs PyTorch to compare with and an NVIDIA GPU; {hint}")
+    import torch
+
+    if not torch.cuda.is_available():
+        fail(f"this needs an NVIDIA GPU and a PyTorch with CUDA; {hint}")
+    from .kernels.race import Gpu
+
+    return Gpu(torch)
+
+
+def matching(found, only, what):
+    """Those with one of these texts in their names."""
+    chosen = [x for x in found if not only or any(text in x.name for text in only)]
+    return chosen or fail(f"no {what} has {' or '.join(map(repr, only))} in its name")
+
+
+def compile_kernels(only, chip, every, processes, save, results):
+    """The gate: exits with 1 if a kernel is not what it should be."""
+    from .kernels import gate
+    from .kernels.workloads import catalogue
+
+    started = time.monotonic()
+    names = [workload.name for workload in matching(catalogue(), only, "workload")]
+    chips = [int(c) for c in chip or gate.CHIPS]
+    found = gate.compile_all(chips, every, names if only else None, processes, say)
+    failures = gate.failures(found)
+    summary = (
+        f"{len(found)} kernels for {len(chips)} chips in {time.monotonic() - started:.0f} s; "
+        f"{len(failures)} problems."
+    )
+    settings = {"triton": machine.installed("triton"), "candidates": "all" if every else "some"}
+    data = {"kernels": gate.data(found)}
+    result = Result("kernels-compile", settings, data, gate.tables(found), [summary], width=220)
+    finish(result, machine.describe(threads=1), save, results)
+    for failure in failures:
+        print(f"FAILED: {failure}", file=sys.stderr)
+    if failures:
+        raise typer.Exit(1)
 
 
 RATIO_NOTE = (

@@ -54,9 +54,10 @@ def sentence(machine: dict) -> str:
     """The description in one line."""
     load = machine["load_average"]
     torch = f", PyTorch {machine['torch']}" if machine["torch"] else ""
+    gpu = f"{machine['gpu']}, " if machine.get("gpu") else ""
     busy = f"; load average {load:.1f}" if load is not None else ""
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
+        f"{gpu}{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
         f"{machine['system']}, Python {machine['python']}, NumPy {machine['numpy']} "
         f"({machine['blas']}){torch}, {machine['threads']} thread(s){busy}"
     )
@@ -75,8 +76,11 @@ def warning(machine: dict) -> str | None:
 
 
 def slug(machine: dict) -> str:
-    """The CPU's name for a file name: "AMD EPYC 9654" -> "amd-epyc-9654"."""
-    return re.sub(r"[^a-z0-9]+", "-", machine["cpu"].lower()).strip("-") or "unknown"
+    """The processor's name for a file name, the GPU's if that is what was measured: "AMD EPYC 9654"
+    -> "amd-epyc-9654".
+    """
+    name = machine.get("gpu") or machine["cpu"]
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
 
 
 def _cpu():

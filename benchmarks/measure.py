@@ -34,6 +34,16 @@ class Method:
             return cls(rounds, seconds, clock=time.process_time)
         return cls(rounds, seconds, pause=0.1)
 
+    def turn(self, call: Callable[[], object]) -> list[float]:
+        """Durations of calls for the method's seconds, at least one; the first call left out."""
+        call()
+        durations, end = [], self.clock() + self.seconds
+        while not durations or self.clock() < end:
+            start = self.clock()
+            call()
+            durations.append(self.clock() - start)
+        return durations
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -122,19 +132,8 @@ def interleaved(alternatives: dict[str, Callable[[], object]], method: Method) -
     for _ in range(method.rounds + 1):
         for name, call in alternatives.items():
             method.sleep(method.pause)
-            turns[name].append(_turn(call, method.seconds, method.clock))
+            turns[name].append(method.turn(call))
     return {name: _timing(those[1:]) for name, those in turns.items()}
-
-
-def _turn(call, seconds, clock):
-    """Durations of calls, the first call left out."""
-    call()
-    durations, end = [], clock() + seconds
-    while not durations or clock() < end:
-        start = clock()
-        call()
-        durations.append(clock() - start)
-    return durations
 
 
 def _timing(turns):

@@ -43,6 +43,7 @@ class Result:
     data        all numbers, as JSON can hold them; times in seconds
     tables      the same for reading
     notes       sentences below the tables
+    width       characters of a line, where the output is no terminal
     """
 
     command: str
@@ -50,9 +51,10 @@ class Result:
     data: dict
     tables: list[Table]
     notes: list[str] = field(default_factory=list)
+    width: int = 120
 
     def show(self, machine: dict) -> None:
-        console = Console(width=None if Console().is_terminal else 120)
+        console = Console(width=None if Console().is_terminal else self.width)
         console.print(machines.sentence(machine), style="dim", highlight=False)
         for table in self.tables:
             table.show(console)
@@ -60,9 +62,9 @@ class Result:
             console.print(note, highlight=False)
 
     def save(self, folder: Path, machine: dict) -> list[Path]:
-        """Writes COMMAND-CPU-N-threads.json and .md into a folder; returns their paths."""
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = f"{self.command}-{machines.slug(machine)}-{machine['threads']}-threads"
+        """Writes COMMAND-CPU-N-threads.json and .md (COMMAND-GPU.json and .md) into a folder;
+        returns their paths.
+        """
         content = {
             "command": self.command,
             "machine": machine,
@@ -70,10 +72,16 @@ class Result:
             "results": self.data,
         }
         files = {".json": json.dumps(content, indent=1) + "\n", ".md": self._markdown(machine)}
-        paths = [folder / (stem + ending) for ending in files]
+        paths = [self.path(folder, machine, ending) for ending in files]
         for path, text in zip(paths, files.values(), strict=True):
             path.write_text(text, encoding="utf-8")
         return paths
+
+    def path(self, folder: Path, machine: dict, ending: str) -> Path:
+        """The file of that kind; its folder is made if need be."""
+        folder.mkdir(parents=True, exist_ok=True)
+        threads = "" if machine.get("gpu") else f"-{machine['threads']}-threads"
+        return folder / f"{self.command}-{machines.slug(machine)}{threads}{ending}"
 
     def _markdown(self, machine):
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())

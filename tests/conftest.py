@@ -25,3 +25,9 @@ from hypothesis import settings  # noqa: E402
 
 settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("default")
+
+
+def pytest_make_parametrize_id(val):
+    """Tests are named alike in every process: by a function's or an object's own name."""
+    name = getattr(val, "__name__", None) or getattr(val, "name", None)
+    return name if isinstance(name, str) else None

@@ -222,9 +222,7 @@ def test_agrees_with_the_maths(check):
     harness.run(check, linear, examples=CHECKS[check])
 
 
-@pytest.mark.parametrize(
-    "check, mutant", [(check, m) for check in MUTANTS for m in MUTANTS[check]], ids=str
-)
+@pytest.mark.parametrize("check, mutant", [(check, m) for check in MUTANTS for m in MUTANTS[check]])
 def test_mutants_are_killed(check, mutant, tmp_path):
     assert harness.killed(linear, mutant, [check], tmp_path, examples=40)
 

@@ -89,7 +89,7 @@ MUTANTS = [
         "h.to(tl.int64) * stride_xh + t.to(tl.int64) * stride_xt",
         "h.to(tl.int64) * stride_xt + t.to(tl.int64) * stride_xh",
     ),
-    Mutant("groups of heads are not counted", "b = (p // spans // groups)", "b = (p // spans)"),
+    Mutant("every sequence is the first", "b = (p // spans // groups)", "b = (p * 0)"),
     Mutant("pairs are neighbours", "tl.load(x + d // 2 + k", "tl.load(x + 1 + k"),
     Mutant(
         "the last pair is not written",

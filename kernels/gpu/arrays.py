@@ -341,5 +341,19 @@ def rows(x, name):
     return count, x.shape[-1] if stride is None else stride
 
 
+# --- sizes ----------------------------------------------------------------------------------------
+# Triton has both, made for kernels, too: a call from Python takes microseconds.
+
+
+def cdiv(n, size):
+    """How many pieces of that size n elements take."""
+    return -(-n // size)
+
+
+def next_power_of_2(n):
+    """The smallest power of two that is at least n, n ≥ 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def _either(names):
     return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -7,7 +7,7 @@ a[:, :n] of a wider matrix; this is as fast if the rows have a thousand elements
 import triton
 import triton.language as tl
 
-from .arrays import array, not_empty, rows, same
+from .arrays import array, cdiv, next_power_of_2, not_empty, rows, same
 from .driver import launch
 from .tuning import configuration
 
@@ -281,10 +281,10 @@ def _dropped(x, name, p, seed):
     y = x.empty(x.shape)
 
     def run(config):
-        grid = (triton.cdiv(n, config["BLOCK"]),)
+        grid = (cdiv(n, config["BLOCK"]),)
         launch(_dropout, grid, x, y, n, float(p), 1 / (1 - p), seed, **config)
 
-    run(configuration("dropout", (x.dtype,), _blocks(x.dtype)[0], _blocks(x.dtype), run))
+    run(configuration("dropout", (x.dtype,), _blocks(x.dtype)[0], lambda: _blocks(x.dtype), run))
     return y.data
 
 
@@ -314,9 +314,9 @@ def _launch(name, kernel, arrays, strides, count, n, **constants):
     """kernel(*arrays, *strides, n, blocks): each row in blocks, one for each program."""
 
     def run(config):
-        config = {**config, "BLOCK": min(config["BLOCK"], triton.next_power_of_2(n))}
-        blocks = triton.cdiv(n, config["BLOCK"])
+        config = {**config, "BLOCK": min(config["BLOCK"], next_power_of_2(n))}
+        blocks = cdiv(n, config["BLOCK"])
         launch(kernel, (count * blocks,), *arrays, *strides, n, blocks, **constants, **config)
 
     dtype = arrays[0].dtype
-    run(configuration(name, (dtype,), _blocks(dtype)[0], _blocks(dtype), run))
+    run(configuration(name, (dtype,), _blocks(dtype)[0], lambda: _blocks(dtype), run))

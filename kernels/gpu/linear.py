@@ -26,7 +26,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import driver, tuning
-from .arrays import Array, array, inner_contiguous, not_empty, rows, same, shaped
+from .arrays import Array, array, cdiv, inner_contiguous, not_empty, rows, same, shaped
 from .driver import launch
 
 KERNELS = ("matmul", "linear")
@@ -450,7 +450,7 @@ def _configurations(chip, processors, itemsize, precision, count, n, k, m):
     found = []
     for BM, BN, BK, num_warps, num_stages, speed in tiles:
         BK = 2 * BK // itemsize
-        pieces = count * triton.cdiv(n, BM) * triton.cdiv(m, BN), triton.cdiv(k, BK)
+        pieces = count * cdiv(n, BM) * cdiv(m, BN), cdiv(k, BK)
         costs = {
             splits: _time(*pieces, BM * BN * BK / speed, splits, processors, n * m)
             for splits in range(1, min(_MOST_SPLITS, pieces[1]) + 1 if count == 1 else 2)
@@ -467,9 +467,9 @@ def _time(tiles, steps, step, splits, processors, size):
     """How long that many tiles take, each of so many steps that are shared by `splits` programs; in
     multiplications that one multiprocessor does one after the other.
     """
-    waves = triton.cdiv(tiles * splits, processors)
+    waves = cdiv(tiles * splits, processors)
     again = _SECOND_LAUNCH + splits * size * _PARTIAL if splits > 1 else 0
-    return waves * triton.cdiv(steps, splits) * step + again
+    return waves * cdiv(steps, splits) * step + again
 
 
 def _candidates(found):
@@ -485,7 +485,7 @@ def _candidates(found):
 def _rounded(size):
     """To three binary digits: sizes so close together share their configuration."""
     unit = 1 << max(size.bit_length() - 3, 0)
-    return triton.cdiv(size, unit) * unit
+    return cdiv(size, unit) * unit
 
 
 # --- the product ----------------------------------------------------------------------------------
@@ -536,7 +536,7 @@ def multiply(a, b, y, finish=Finish(), *, sums=None, more=None, precision="ieee"
         spare = sums and (_like(sums[0]), sums[1])
         _run(a, b, _like(y), finish, spare, more, precision, config)
 
-    config = tuning.configuration("product", key, found[0], list(_candidates(found)), run)
+    config = tuning.configuration("product", key, found[0], lambda: list(_candidates(found)), run)
     _run(a, b, y, finish, sums, more, precision, config)
 
 
@@ -568,7 +568,7 @@ def _add_up(partials, count, y, finish):
     """y = finish(the sum of so many matrices), which lie one after the other in float32."""
     (n, m), BM, BN = y.shape[-2:], 8, 128
     launch(
-        _reduce, (triton.cdiv(n, BM), triton.cdiv(m, BN)),
+        _reduce, (cdiv(n, BM), cdiv(m, BN)),
         partials, y.array, n * m, y.strides[-2], n, m, count, *finish.arguments(),
         ACTIVATION=finish.activation, ACCUMULATE=finish.accumulate, BM=BM, BN=BN, num_warps=4,
     )  # fmt: skip
@@ -591,7 +591,7 @@ def _launch(a, b, y, finish, sums, more, precision, config):
     def given(x, tma, *block):
         return x and (x.descriptor(*block) if tma else x.array)
 
-    tiles = Z * triton.cdiv(n, BM) * triton.cdiv(m, BN)
+    tiles = Z * cdiv(n, BM) * cdiv(m, BN)
     grid = min(tiles, programs * driver.multiprocessors()) if programs else tiles
     launch(
         _product, (grid,), given(a, tma, BM, BK), given(b, tma, BK, BN), given(y, tma_y, BM, width),
@@ -823,7 +823,7 @@ def _activation_gradient(g, u, activation):
     u_bar, B = g.empty(g.shape), 1024
     (n, stride_g), (_, stride_u), m = rows(g, "g"), rows(u, "u"), g.shape[-1]
     launch(
-        _activation_vjp, (n, triton.cdiv(m, B)), g, u, u_bar, stride_g, stride_u, n, m,
+        _activation_vjp, (n, cdiv(m, B)), g, u, u_bar, stride_g, stride_u, n, m,
         ACTIVATION=activation, B=B, num_warps=4,
     )  # fmt: skip
     return u_bar

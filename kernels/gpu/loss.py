@@ -18,7 +18,17 @@ import triton
 import triton.language as tl
 
 from . import driver, tuning
-from .arrays import IDS, array, inner_contiguous, not_empty, rows, same, shaped
+from .arrays import (
+    IDS,
+    array,
+    cdiv,
+    inner_contiguous,
+    next_power_of_2,
+    not_empty,
+    rows,
+    same,
+    shaped,
+)
 from .driver import launch
 from .linear import matmul
 
@@ -190,7 +200,7 @@ class cross_entropy:
         L = losses if in_place else x.empty((n,), "float32")
 
         def run(c, x=x):
-            grid = (triton.cdiv(n, c["ROWS"]),)
+            grid = (cdiv(n, c["ROWS"]),)
             launch(
                 _cross_entropy_forward, grid, x, t, losses, L, N, rows(x, "x")[1], n, v,
                 ignore_index, IN_PLACE=in_place, **c,
@@ -213,7 +223,7 @@ class cross_entropy:
         x_bar = x.empty((n, _width(v)))
 
         def run(c):
-            grid = (triton.cdiv(n, c["ROWS"]) * triton.cdiv(v, c["BLOCK"]),)
+            grid = (cdiv(n, c["ROWS"]) * cdiv(v, c["BLOCK"]),)
             strides = stride, x_bar.shape[1]
             launch(
                 _cross_entropy_vjp, grid, g, x, t, L, N, x_bar, *strides, n, v, ignore_index, **c
@@ -257,7 +267,7 @@ class linear_cross_entropy:
             matmul.forward(h[part], w_T, out=X)
             c_rows = _tiles("cross_entropy_forward", X, gradients)
             launch(
-                _cross_entropy_forward, (triton.cdiv(X.shape[0], c_rows["ROWS"]),),
+                _cross_entropy_forward, (cdiv(X.shape[0], c_rows["ROWS"]),),
                 X, t[part], losses[part], L[part], None, width, X.shape[0], v, ignore_index,
                 IN_PLACE=gradients, **c_rows,
             )  # fmt: skip
@@ -317,23 +327,26 @@ def _factor(g, like):
 
 def _width(v):
     """Columns to allocate for v of them: rows that begin at multiples of 16 bytes."""
-    return v if v % 8 == 0 else triton.cdiv(v, 64) * 64
+    return v if v % 8 == 0 else cdiv(v, 64) * 64
 
 
 def _chunk(n, v, itemsize):
     """Rows at a time: equal chunks, of a multiple of 128 rows."""
     most = max(_CHUNK_ROWS, _CHUNK_BYTES // (v * itemsize))
-    return triton.cdiv(triton.cdiv(n, triton.cdiv(n, most)), 128) * 128
+    return cdiv(cdiv(n, cdiv(n, most)), 128) * 128
 
 
 def _tiles(kernel, x, in_place, run=None):
     """A row for each program and a few tiles to the row; short rows several at a time."""
     v = x.shape[-1]
-    block = min(8192, triton.next_power_of_2(v))
+    block = min(8192, next_power_of_2(v))
     default = _tile(max(1, 1024 // block), block, 8 if block >= 4096 else 4)
-    pairs = [(4096, 8), (8192, 8), (8192, 16), (16384, 16), (16384, 32), (32768, 32)]
-    candidates = [default, *(_tile(1, b, warps) for b, warps in pairs if b < 2 * v)]
-    key = x.dtype, triton.next_power_of_2(v), "in place" if in_place else "apart"
+
+    def candidates():
+        pairs = [(4096, 8), (8192, 8), (8192, 16), (16384, 16), (16384, 32), (32768, 32)]
+        return [default, *(_tile(1, b, warps) for b, warps in pairs if b < 2 * v)]
+
+    key = x.dtype, next_power_of_2(v), "in place" if in_place else "apart"
     return tuning.configuration(kernel, key, default, candidates, run)
 
 
@@ -354,7 +367,7 @@ def _mean_over(losses, N):
 
 
 def _block(n):
-    return min(8192, triton.next_power_of_2(n))
+    return min(8192, next_power_of_2(n))
 
 
 def _scale_rows(x, g, stride):
@@ -366,6 +379,6 @@ def _scale_rows(x, g, stride):
 def _times(x, g, N, dtype):
     """(g / N) x, in that dtype."""
     y, block = x.empty(x.shape, dtype), 2048
-    grid = (triton.cdiv(x.size, block),)
+    grid = (cdiv(x.size, block),)
     launch(_multiplied, grid, x, y, g, N, x.size, BLOCK=block, num_warps=4)
     return y

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from . import driver
-from .arrays import array, inner_contiguous, not_empty, rows, same, shaped
+from .arrays import array, cdiv, inner_contiguous, next_power_of_2, not_empty, rows, same, shaped
 from .driver import launch
 from .reduce import places, tile, tiles
 from .tuning import configuration
@@ -350,11 +350,11 @@ def _forward(x, residual, w, b, eps, CENTRED):
             del options["ROWS"]
             launch(_norm_forward_wide, (count,), *arguments, **options)
         else:
-            launch(_norm_forward, (triton.cdiv(count, config["ROWS"]),), *arguments, **options)
+            launch(_norm_forward, (cdiv(count, config["ROWS"]),), *arguments, **options)
 
-    key = x.dtype, triton.next_power_of_2(n), "add" if residual is not None else "alone"
+    key = x.dtype, next_power_of_2(n), "add" if residual is not None else "alone"
     arrays = 1 if residual is None else 2
-    run(configuration("norm", key, _tile(n, arrays), tiles(n, arrays), run))
+    run(configuration("norm", key, _tile(n, arrays), lambda: tiles(n, arrays), run))
     return None if s is None else s.data, y.data, (stats.data,)
 
 
@@ -378,9 +378,9 @@ def _vjp(s_bar, g, x, w, b, stats, needs, CENTRED):
     def run(config):
         """x̄, and the programs' sums for w̄ and b̄; then the sums' sum."""
         N, sums = config["N"], w_bar is not None or b_bar is not None
-        blocks = triton.cdiv(n, min(N, _PIECE)) if n > N else 1  # programs side by side
+        blocks = cdiv(n, min(N, _PIECE)) if n > N else 1  # programs side by side
         P = max(1, driver.multiprocessors() * config["PROGRAMS"] // blocks)
-        P = min(P, triton.cdiv(count, config["ROWS"]))
+        P = min(P, cdiv(count, config["ROWS"]))
         parts = x.empty((2 if CENTRED else 1, P, n), "float32") if sums else None
         warps = {"num_warps": config["num_warps"]}
         if n <= N:
@@ -396,11 +396,11 @@ def _vjp(s_bar, g, x, w, b, stats, needs, CENTRED):
             launch(_norm_parts, (P, blocks), *arguments, num_warps=8, **options)
         if sums:
             ROWS, N = (256, 16) if n < 4096 else (64, 64)
-            grid, options = (triton.cdiv(n, N),), {"ROWS": ROWS, "N": N, "num_warps": 8}
+            grid, options = (cdiv(n, N),), {"ROWS": ROWS, "N": N, "num_warps": 8}
             launch(_norm_total, grid, parts, w_bar, b_bar, P, n, **options)
 
-    key = x.dtype, triton.next_power_of_2(n), "add" if s_bar is not None else "alone"
-    run(configuration("norm vjp", key, _tile_vjp(n), _tiles_vjp(n), run))
+    key = x.dtype, next_power_of_2(n), "add" if s_bar is not None else "alone"
+    run(configuration("norm vjp", key, _tile_vjp(n), lambda: _tiles_vjp(n), run))
     return tuple(None if a is None else a.data for a in (x_bar, w_bar, b_bar))
 
 

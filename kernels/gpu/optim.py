@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from . import tuning
-from .arrays import FLOATS, array, not_empty, same
+from .arrays import FLOATS, array, cdiv, next_power_of_2, not_empty, same
 from .driver import launch
 
 _STEPS = ("int32", "int64", "float32")
@@ -195,7 +195,7 @@ def _norm_of(groups, partials, norm):
             G=_triton_dtype(group.dtype), ALIGNED=group.aligned, **pieces.config,
         )  # fmt: skip
         first += pieces.count
-    block = min(4096, triton.next_power_of_2(first))
+    block = min(4096, next_power_of_2(first))
     launch(_norm, (1,), partials, norm, first, BLOCK=block, num_warps=8)
     return norm
 
@@ -379,7 +379,7 @@ def _checked_options(weight_decay, betas, eps, count):
 def _widened(p):
     """A copy in float32."""
     wide = p.empty(p.shape, "float32")
-    launch(_widen, (triton.cdiv(p.size, 2048),), p, wide, p.size, BLOCK=2048, num_warps=4)
+    launch(_widen, (cdiv(p.size, 2048),), p, wide, p.size, BLOCK=2048, num_warps=4)
     return wide
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .arrays import array, inner_contiguous, not_empty, shaped
+from .arrays import array, cdiv, inner_contiguous, next_power_of_2, not_empty, shaped
 from .driver import launch
 from .tuning import configuration
 
@@ -83,14 +83,15 @@ def _turned(x, name, cos, sin, start, interleaved, BACKWARDS):
     y = x.empty(x.shape)
 
     def run(config):
-        groups, spans = triton.cdiv(H, config["HEADS"]), triton.cdiv(T, config["TIMES"])
+        groups, spans = cdiv(H, config["HEADS"]), cdiv(T, config["TIMES"])
         strides = *x.strides[:3], cos.strides[0], sin.strides[0]
         arguments = x, cos, sin, y, *strides, H, T, d, start
         options = {"BACKWARDS": BACKWARDS, "INTERLEAVED": bool(interleaved), **config}
         launch(_rope, (B * groups * spans,), *arguments, **options)
 
-    key = x.dtype, triton.next_power_of_2(d), triton.next_power_of_2(H), bool(interleaved)
-    run(configuration("rope", key, *_tiles(H, T, d), run))
+    key = x.dtype, next_power_of_2(d), next_power_of_2(H), bool(interleaved)
+    default, candidates = _tiles(H, T, d)
+    run(configuration("rope", key, default, lambda: candidates, run))
     return y.data
 
 
@@ -114,10 +115,10 @@ def _tables(cos, sin, start, x):
 
 def _tiles(H, T, d):
     """(default, candidates): 16 pairs for each thread, of four heads if there are as many."""
-    D = triton.next_power_of_2(d)
+    D = next_power_of_2(d)
     found = []
     for heads, pairs in ((4, 2048), (4, 1024), (8, 2048), (2, 1024), (1, 1024), (16, 4096)):
-        HEADS = min(heads, triton.next_power_of_2(H))
-        TIMES = min(max(1, 2 * pairs // (HEADS * D)), triton.next_power_of_2(T))
+        HEADS = min(heads, next_power_of_2(H))
+        TIMES = min(max(1, 2 * pairs // (HEADS * D)), next_power_of_2(T))
         found.append({"HEADS": HEADS, "TIMES": TIMES, "D": D, "num_warps": 4})
     return found[0], found

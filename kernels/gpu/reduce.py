@@ -5,7 +5,7 @@ read twice, in pieces.
 import triton
 import triton.language as tl
 
-from .arrays import array, not_empty, rows, shaped
+from .arrays import array, cdiv, next_power_of_2, not_empty, rows, shaped
 from .driver import launch
 from .tuning import configuration
 
@@ -20,7 +20,7 @@ def tile(n, arrays=1):
     its elements for each thread. It is several rows high if they are short, and one piece of a row,
     N < n, if they do not fit.
     """
-    each, N = 32 // arrays, triton.next_power_of_2(n)
+    each, N = 32 // arrays, next_power_of_2(n)
     if 1024 * each < N:  # 32 warps are all there can be
         return {"ROWS": 1, "N": 8192, "num_warps": 16}
     return {"ROWS": max(1, 128 * each // N), "N": N, "num_warps": max(4, N // (32 * each))}
@@ -208,11 +208,11 @@ def _forward(x, axis, LOG):
                 _softmax_forward_wide, (count,), *arguments, LOG=LOG, N=config["N"], num_warps=warps
             )
         else:
-            grid = (triton.cdiv(count, config["ROWS"]),)
+            grid = (cdiv(count, config["ROWS"]),)
             launch(_softmax_forward, grid, x, y, stride, count, n, LOG=LOG, **config)
 
-    key = x.dtype, triton.next_power_of_2(n)
-    run(configuration("softmax", key, tile(n), tiles(n), run))
+    key = x.dtype, next_power_of_2(n)
+    run(configuration("softmax", key, tile(n), lambda: tiles(n), run))
     return y.data, ()
 
 
@@ -231,12 +231,12 @@ def _vjp(g, y, axis, needs, LOG):
             arguments = g, y, x_bar, stride_g, stride_y, n
             launch(_softmax_vjp_wide, (count,), *arguments, LOG=LOG, N=config["N"], num_warps=warps)
         else:
-            grid = (triton.cdiv(count, config["ROWS"]),)
+            grid = (cdiv(count, config["ROWS"]),)
             arguments = g, y, x_bar, stride_g, stride_y, count, n
             launch(_softmax_vjp, grid, *arguments, LOG=LOG, **config)
 
-    key = y.dtype, triton.next_power_of_2(n)
-    run(configuration("softmax vjp", key, tile(n, 2), tiles(n, 2), run))
+    key = y.dtype, next_power_of_2(n)
+    run(configuration("softmax vjp", key, tile(n, 2), lambda: tiles(n, 2), run))
     return (x_bar.data,)
 
 
@@ -313,11 +313,11 @@ class logsumexp:
                     _logsumexp_forward_wide, (count,), *arguments, N=config["N"], num_warps=warps
                 )
             else:
-                grid = (triton.cdiv(count, config["ROWS"]),)
+                grid = (cdiv(count, config["ROWS"]),)
                 launch(_logsumexp_forward, grid, x, y, exact, stride, count, n, **config)
 
-        key = x.dtype, triton.next_power_of_2(n)
-        run(configuration("logsumexp", key, tile(n), tiles(n), run))
+        key = x.dtype, next_power_of_2(n)
+        run(configuration("logsumexp", key, tile(n), lambda: tiles(n), run))
         return y.data, (exact.data,)
 
     @staticmethod
@@ -332,11 +332,11 @@ class logsumexp:
         x_bar = x.empty(x.shape)
 
         def run(config):
-            grid = triton.cdiv(count, config["ROWS"]), triton.cdiv(n, config["N"])
+            grid = cdiv(count, config["ROWS"]), cdiv(n, config["N"])
             arguments = g, x, exact, x_bar, stride_g, stride, count, n
             launch(_logsumexp_vjp, grid, *arguments, **config)
 
-        key = x.dtype, triton.next_power_of_2(n)
+        key = x.dtype, next_power_of_2(n)
         default = tile(min(n, 4096))
-        run(configuration("logsumexp vjp", key, default, tiles(min(n, 4096)), run))
+        run(configuration("logsumexp vjp", key, default, lambda: tiles(min(n, 4096)), run))
         return (x_bar.data,)

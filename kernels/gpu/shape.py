@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from . import tuning
-from .arrays import IDS, array, inner_contiguous, not_empty, rows, shaped
+from .arrays import IDS, array, cdiv, inner_contiguous, next_power_of_2, not_empty, rows, shaped
 from .driver import launch
 
 KERNELS = ("embedding", "scatter_add")
@@ -169,7 +169,7 @@ class embedding:
         y, n = w.empty((*t.shape, c)), t.size
 
         def run(conf):
-            grid = (triton.cdiv(n, conf["ROWS"]) * triton.cdiv(c, conf["BLOCK"]),)
+            grid = (cdiv(n, conf["ROWS"]) * cdiv(c, conf["BLOCK"]),)
             launch(_embedding, grid, w, t, y, stride, ids[0], n, ids[1], v, c, **conf)
 
         run(_tiles("embedding", w, 2048, run))
@@ -220,11 +220,11 @@ def _sums(x, name, t, count):
     keys = _sorted_keys(t, count)
     starts = t.empty((count + 1,), "int32")
     sums, y = x.empty((max(n // _CHUNK, 1), c), "float32"), x.empty((count, c))
-    grid, steps = (triton.cdiv(count + 1, 256),), n.bit_length()
+    grid, steps = (cdiv(count + 1, 256),), n.bit_length()
     launch(_starts, grid, keys, starts, n, count, steps, BLOCK=256, num_warps=4)
 
     def run(conf):
-        conf, tiles = {"CHUNK": _CHUNK, **conf}, triton.cdiv(c, conf["BLOCK"])
+        conf, tiles = {"CHUNK": _CHUNK, **conf}, cdiv(c, conf["BLOCK"])
         if n >= _CHUNK:
             launch(_chunk_sums, (n // _CHUNK, tiles), x, keys, sums, stride, n, c, **conf)
         launch(_scatter_add, (count, tiles), x, keys, starts, sums, y, stride, c, **conf)
@@ -246,9 +246,9 @@ def _sorted_keys(t, v):
     n, (stride, per_row) = t.size, _ids(t)
     c = tuning.configuration("sort", (), {"PIECE": _PIECE, "STEP": 32, "num_warps": 8})
     keys, merged, length = t.empty((n,), "int64"), t.empty((n,), "int64"), c["PIECE"]
-    launch(_sort_pieces, (triton.cdiv(n, length),), t, keys, stride, n, per_row, v, **c)
+    launch(_sort_pieces, (cdiv(n, length),), t, keys, stride, n, per_row, v, **c)
     while length < n:
-        grid, steps = (triton.cdiv(n, 256),), length.bit_length()
+        grid, steps = (cdiv(n, 256),), length.bit_length()
         launch(_merge, grid, keys, merged, n, length, steps, BLOCK=256, num_warps=4)
         keys, merged, length = merged, keys, 2 * length
     return keys
@@ -257,9 +257,9 @@ def _sorted_keys(t, v):
 def _tiles(kernel, x, elements, run):
     """About that many elements at a time, of as few rows as it takes."""
     c = x.shape[-1]
-    block = min(1024, triton.next_power_of_2(c))
+    block = min(1024, next_power_of_2(c))
     default = {"ROWS": max(1, min(elements // block, 32)), "BLOCK": block, "num_warps": 4}
     narrow = {"ROWS": default["ROWS"] * 2, "BLOCK": max(1, block // 2), "num_warps": 4}
     light = {**default, "num_warps": 2}
-    key = x.dtype, triton.next_power_of_2(c)
-    return tuning.configuration(kernel, key, default, [default, narrow, light], run)
+    key = x.dtype, next_power_of_2(c)
+    return tuning.configuration(kernel, key, default, lambda: [default, narrow, light], run)

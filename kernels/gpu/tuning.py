@@ -15,6 +15,7 @@ A table is JSON: {"device": ..., "triton": ...,
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -67,24 +68,26 @@ def recording():
         _choices = before
 
 
-def configuration(kernel, key, default, candidates=(), run=None):
+def configuration(kernel, key, default, candidates=None, run=None):
     """The configuration for `kernel`, a name.
 
     key         a tuple of what the best choice depends on: dtypes, rounded shapes
     default     the configuration if nothing is known
-    candidates  what a search tries
+    candidates  a function that lists what a search tries
     run         run(configuration) launches the kernel, for a search
     """
     if _choices is not None:
-        _choices.append((kernel, key, default, candidates))
+        _choices.append((kernel, key, default, candidates() if candidates else [default]))
     if kernel in _forced:
         return _forced[kernel]
     if driver.INTERPRETED or driver.compiles():
         return default
-    key = " ".join(map(str, key))
     entries = _table()["kernels"].setdefault(kernel, {})
-    if key not in entries and _searching and len(candidates) > 1 and run is not None:
-        entries[key] = _fastest(candidates, run)
+    if not (entries or _searching):
+        return default
+    key = " ".join(map(str, key))
+    if key not in entries and _searching and candidates and run:
+        entries[key] = _fastest(candidates(), run)
         _store(_table())
     return entries[key]["config"] if key in entries else default
 
@@ -121,7 +124,12 @@ def path():
 
 
 def _device():
-    return re.sub(r"[^a-z0-9]+", "-", driver.device_name().lower()).strip("-")
+    return _file_name(driver.device_name())
+
+
+@functools.cache
+def _file_name(device):
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def _table():

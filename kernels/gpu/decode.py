@@ -1,0 +1,194 @@
+"""Attention of a few new queries to a cache of keys and values: what generating text consists of.
+
+There is next to nothing to compute, and all of the cache to read: 4 B H_k (d + e) bytes a position
+and two operations for each of them. So
+
+    heads that share keys are the rows of one tile, and a key is read once for all of them;
+    the keys are split into parts, for as many programs as keep the whole GPU reading. A part's
+    result is its y and L = log₂ Σ_j 2^S_j, and a second kernel puts the parts together:
+    y = Σ_s 2^(L_s) y_s / Σ_s 2^(L_s).
+
+How many parts there are depends on shapes only, and lengths stay on the device: a call can be
+captured in a CUDA graph, and gives the same bits every time.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+from . import driver, tuning
+from .arrays import IDS, array, cdiv, inner_contiguous, next_power_of_2, not_empty, same, shaped
+from .attention import (
+    PRECISIONS,
+    _check_shapes,
+    _head,
+    _load,
+    _padded,
+    _side_by_side,
+    _with_strides,
+)
+from .driver import launch
+
+KERNELS = ()
+FUSED = ("decode",)
+MOST_QUERIES = 16
+_MOST_SPLITS = 128
+_VARYING = ["splits", "window"]  # not to compile for
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _decode_part(
+    q, at_q, k, at_k, v, at_v, lengths, parts, L, B, H, R, T, n, splits, window, scale,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """A program: one of the parts of the keys of one head, for BM of the R T queries that use them.
+    y and L of the part go to parts (splits, B, H, T, e) and L (splits, B, H, T).
+    """
+    c = scale * 1.4426950408889634  # log₂e
+    tiles = tl.cdiv(R * T, BM)
+    p, s = tl.program_id(0), tl.program_id(1)
+    b, h_k = p // tiles // (H // R), p // tiles % (H // R)
+    k, v = _head(k, at_k, b, h_k), _head(v, at_v, b, h_k)
+    rows = p % tiles * BM + tl.arange(0, BM)  # row r T + t is query t of head h_k R + r
+    h, t, exists = h_k * R + rows // T, rows % T, rows < R * T
+    columns = tl.arange(0, BD)[None, :]
+    there = q + tl.cast(b, tl.int64) * at_q[0] + (h.to(tl.int64) * at_q[1] + t * at_q[2])[:, None]
+    q_i = tl.load(there + columns, mask=exists[:, None] & (columns < D), other=0.0)
+
+    length = tl.minimum(tl.maximum(tl.load(lengths + b).to(tl.int32), 0), n)
+    upper = t + length - T + 1  # query t sees keys j < upper, and j ≥ upper - window
+    begin = tl.maximum(length - T + 1 - window, 0) // BN * BN if WINDOW else 0
+    part = tl.cdiv(tl.cdiv(length - begin, BN), splits) * BN
+    start = begin + s * part
+    m = tl.full((BM,), -float("inf"), tl.float32)
+    l = tl.zeros((BM,), tl.float32)  # noqa: E741
+    y_i = tl.zeros((BM, BE), tl.float32)
+    for j in range(start, tl.minimum(start + part, length), BN):
+        k_j = _load(k, at_k[2], j, length, BN, D, BD, True)
+        v_j = _load(v, at_v[2], j, length, BN, E, BE, True)
+        S = tl.dot(q_i, k_j.T, input_precision=PRECISION)
+        keys = (j + tl.arange(0, BN))[None, :]
+        seen = keys < upper[:, None]
+        if WINDOW:
+            seen &= keys >= upper[:, None] - window
+        S = tl.where(seen, S, -float("inf"))
+        m_new = tl.maximum(m, c * tl.max(S, 1))
+        shift = tl.where(m_new == -float("inf"), 0.0, m_new)  # no key seen yet
+        P = tl.exp2(c * S - shift[:, None])
+        alpha = tl.exp2(m - shift)
+        l = l * alpha + tl.sum(P, 1)  # noqa: E741
+        y_i = tl.dot(P.to(v_j.dtype), v_j, y_i * alpha[:, None], input_precision=PRECISION)
+        m = m_new
+    l_or_1 = tl.where(l == 0, 1.0, l)
+    row = ((tl.cast(s, tl.int64) * B + b) * H + h) * T + t
+    tl.store(L + row, m + tl.log2(l_or_1), mask=exists)  # -∞ if no key was seen
+    columns = tl.arange(0, BE)[None, :]
+    mask = exists[:, None] & (columns < E)
+    tl.store(parts + row[:, None] * E + columns, y_i / l_or_1[:, None], mask=mask)
+
+
+@triton.jit
+def _decode_combine(
+    parts, L, y, at_y, rows, H, T, splits,
+    E: tl.constexpr, BE: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """y = Σ_s 2^(L_s) y_s / Σ_s 2^(L_s). A program: one query of one head, of `rows`."""
+    row = tl.program_id(0)
+    b, h, t = row // (H * T), row // T % H, row % T
+    s, columns = tl.arange(0, SPLITS), tl.arange(0, BE)
+    at = s.to(tl.int64) * rows + row
+    L_s = tl.load(L + at, mask=s < splits, other=-float("inf"))
+    largest = tl.max(L_s, 0)
+    weights = tl.exp2(L_s - tl.where(largest == -float("inf"), 0.0, largest))
+    total = tl.sum(weights, 0)
+    mask = (s < splits)[:, None] & (columns < E)[None, :]
+    y_s = tl.load(parts + at[:, None] * E + columns[None, :], mask=mask, other=0.0)
+    mean = tl.sum(weights[:, None] * y_s, 0) / tl.where(total == 0, 1.0, total)
+    there = _head(y, at_y, b, h) + tl.cast(t, tl.int64) * at_y[2] + columns
+    tl.store(there, mean.to(y.dtype.element_ty), mask=columns < E)
+
+
+def _default(rows, dtype, width):
+    """The configuration for tiles of so many queries and heads of so many columns."""
+    BM = min(max(next_power_of_2(rows), 16), 16 if dtype == "float32" else 32)
+    BN = (1 << 19) // (BM * _padded(width) * dtype.itemsize**2)  # no more fits into registers
+    BN = min(max(BN, 16), 128)
+    return dict(BM=BM, BN=BN, num_warps=4, num_stages=2)
+
+
+def _candidates(default):
+    """What a search tries."""
+    for BN in (default["BN"] // 2, default["BN"], default["BN"] * 2):
+        for num_warps, num_stages in ((4, 2), (4, 3), (4, 4), (8, 2), (8, 3)):
+            if BN >= 16:
+                yield default | dict(BN=BN, num_warps=num_warps, num_stages=num_stages)
+
+
+def _splits(programs, n, BN):
+    """Parts of the keys: two programs for each multiprocessor, and two blocks for each part."""
+    wanted = cdiv(2 * driver.multiprocessors(), programs)
+    return max(min(wanted, n // (2 * BN), _MOST_SPLITS), 1)
+
+
+def _checked(q, k, v, lengths, scale, window, precision):
+    """The Arrays and the scale, if they fit. TypeError or ValueError if not."""
+    q, k, v = array(q, "q"), array(k, "k"), array(v, "v")
+    lengths = array(lengths, "lengths", IDS)
+    same("dtype", q=q, k=k, v=v)
+    not_empty(q=q, k=k, v=v)
+    if q.ndim != 4:
+        raise ValueError(f"q has shape {q.shape}; expected (B, H, T, d)")
+    _check_shapes(q, k, v)
+    inner_contiguous(q=q, k=k, v=v, lengths=lengths)
+    shaped(lengths, "lengths", q.shape[:1])
+    if q.shape[2] > MOST_QUERIES:
+        raise ValueError(
+            f"{q.shape[2]} queries of a sequence; expected {MOST_QUERIES} at most: use attention"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; expected None or a number of keys from 1 on")
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}; expected a positive number: for others scale q first")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    return q, k, v, lengths, scale
+
+
+class decode:
+    """Causal attention of the last T ≤ 16 queries of each sequence to a cache of keys and values.
+    The first lengths[b] positions of sequence b are filled, the T queries' own among them.
+
+    q (B, H, T, d), k (B, H_k, n, d), v (B, H_k, n, e), lengths (B,) integers -> y (B, H, T, e).
+    Query t sees keys j ≤ t + lengths[b] - T; heads, strides, scale, window and precision are as in
+    attention. What lies in the cache beyond lengths[b] is not read. No gradient.
+    """
+
+    @staticmethod
+    def forward(q, k, v, lengths, *, scale=None, window=None, precision="ieee"):
+        q, k, v, lengths, scale = _checked(q, k, v, lengths, scale, window, precision)
+        (B, H, T, d), (_, H_k, n, e) = q.shape, v.shape
+        y, R = _side_by_side(q, e), H // H_k
+        precision = precision if q.dtype.itemsize == 4 else "ieee"
+        flags = dict(D=d, E=e, BD=_padded(d), BE=_padded(e), WINDOW=window is not None)
+
+        def run(config):
+            programs = B * H_k * cdiv(R * T, config["BM"])
+            splits = _splits(programs, n, config["BN"])
+            parts = y.empty((splits, B, H, T, e), "float32")
+            L = y.empty((splits, B, H, T), "float32")
+            launch(
+                _decode_part, (programs, splits), *_with_strides(q, k, v), lengths, parts, L,
+                B, H, R, T, n, splits, window or 0, scale, PRECISION=precision, **flags, **config,
+            )  # fmt: skip
+            launch(
+                _decode_combine, (B * H * T,), parts, L, *_with_strides(y), B * H * T, H, T, splits,
+                E=e, BE=_padded(e), SPLITS=next_power_of_2(splits), num_warps=4,
+            )  # fmt: skip
+
+        default = _default(R * T, q.dtype, max(d, e))
+        key = q.dtype, d, e, B * H_k, R * T, next_power_of_2(n), flags["WINDOW"], precision
+        run(tuning.configuration("decode", key, default, lambda: list(_candidates(default)), run))
+        return y.data, ()
