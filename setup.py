@@ -33,6 +33,7 @@ setup(
         "gpu": ["triton>=3.6,<3.10", "cupy-cuda13x>=14", "ml_dtypes>=0.5"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "torch==2.13.0",
             "array-api-compat>=1.12",
             "array-api-strict>=2.3",

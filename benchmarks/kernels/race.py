@@ -306,7 +306,7 @@ def run_tests(files=None, seconds=240) -> dict:
     a test finds planted mistakes does not depend on the device. {file: the last line of pytest}.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not mutant"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not mutant", "-o", "addopts="]
     options = {"env": environment, "text": True, "cwd": TESTS.parent}
     options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     running = {
