@@ -28,9 +28,10 @@ setup(
         "rich>=13",
         "matplotlib>=3.8",
         "hypothesis>=6.100",
+        "ml_dtypes>=0.5",
     ],
     extras_require={
-        "gpu": ["triton>=3.6,<3.10", "cupy-cuda13x>=14", "ml_dtypes>=0.5"],
+        "gpu": ["triton>=3.6,<3.10", "cupy-cuda13x>=14"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",
@@ -39,7 +40,6 @@ setup(
             "array-api-strict>=2.3",
             "transformers>=4.40",
             "triton>=3.6,<3.10",
-            "ml_dtypes>=0.5",
             "ruff",
         ],
     },

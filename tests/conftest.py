@@ -17,6 +17,8 @@ def a_gpu_is_here():
         return False
 
 
+os.environ.pop("COLUMNS", None)  # of pytest-xdist; what a command prints would follow it
+
 # Without a GPU its kernels run in Triton's interpreter: decided before Triton is imported.
 if not a_gpu_is_here():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  gives NumPy the bfloat16 that safetensors asks it for
 import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
@@ -262,8 +263,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is no whole safetensors file ({error}): cut short?") from None
-    except TypeError as error:  # bfloat16 and float8 have no NumPy dtype
-        raise ValueError(f"{path}: {error}; expected float32 or float16") from None
+    except TypeError as error:  # a dtype that neither NumPy nor ml_dtypes has
+        raise ValueError(f"{path}: {error}; expected float32, float16 or bfloat16") from None
 
 
 # --- training states ------------------------------------------------------------------------------

@@ -394,13 +394,29 @@ def _default(kernel, chip, dtype, width, tight):
     return _configuration(*(_FLOAT32 if dtype == "float32" else tiles)[width])
 
 
-def _candidates(default):
-    """What a search tries."""
-    found = [tuple(default.values())]
-    for BT, BN in ((32, 64), (64, 32), (32, 128), (128, 32), (64, 64), (64, 128), (128, 64)):
-        found += [(BT, BN, num_warps, stages) for num_warps in (4, 8) for stages in (1, 2, 3)]
-    found += [(128, 128, 8, 2), (128, 128, 8, 3)]
-    return [_configuration(*x) for x in dict.fromkeys(found)]
+# What a search tries, for 16-bit numbers; the last is the widest head that leaves no register in
+# memory.
+_TRIED = {
+    "attention_forward": (
+        (64, 64, 4, 2, 128), (64, 64, 4, 3, 128), (64, 128, 8, 2, 128), (128, 32, 8, 3, 128),
+        (128, 64, 4, 3, 64), (128, 64, 8, 2, 128), (128, 64, 8, 3, 128), (128, 128, 8, 2, 128),
+        (128, 128, 8, 3, 128),
+    ),
+    "attention_vjp_keys": (
+        (32, 64, 8, 2, 128), (32, 128, 8, 1, 128), (32, 128, 8, 2, 128), (64, 64, 4, 2, 64),
+        (64, 64, 8, 2, 128), (64, 128, 8, 1, 64), (64, 128, 8, 2, 64),
+    ),
+    "attention_vjp_queries": (
+        (64, 64, 4, 2, 128), (64, 64, 8, 1, 128), (64, 64, 8, 2, 128), (64, 128, 8, 2, 64),
+        (128, 32, 8, 2, 128), (128, 64, 8, 1, 128), (128, 64, 8, 2, 128),
+    ),
+}  # fmt: skip
+
+
+def _candidates(kernel, width, default):
+    """The default, then others."""
+    others = [_configuration(*tile) for *tile, widest in _TRIED[kernel] if width <= widest]
+    return [default, *(x for x in others if x != default)]
 
 
 # --- the op ---------------------------------------------------------------------------------------
@@ -484,7 +500,11 @@ class _Call:
         default = _default(name, driver.capability(), q.dtype, max(d, e), tight)
         sizes = [next_power_of_2(x) for x in (T, n, heads)]
         key = q.dtype, *flags.values(), self.segments is not None, R, *sizes
-        run(tuning.configuration(name, key, default, lambda: _candidates(default), run))
+        run(
+            tuning.configuration(
+                name, key, default, lambda: _candidates(name, max(d, e), default), run
+            )
+        )
 
 
 def _threshold(p):

@@ -68,6 +68,8 @@ def compiling(capability):
     run; arrays are arrays.Abstract. Gives the list that fills with what is compiled, as tuples
     (kernel, grid, options, triton's CompiledKernel).
     """
+    if INTERPRETED:
+        raise RuntimeError("the interpreter cannot compile: start again without TRITON_INTERPRET")
     before = _state.chip, _state.compiled
     _state.chip, _state.compiled = capability, []
     try:

@@ -413,6 +413,13 @@ _HOPPER = (
     (64, 64, 64, 4, 4, 0.4),
     (16, 64, 128, 4, 4, 0.15),
 )
+_BLACKWELL = (
+    (128, 256, 64, 8, 3, 1.0),
+    (128, 128, 64, 8, 4, 0.85),
+    (64, 128, 64, 8, 4, 0.6),
+    (64, 64, 64, 8, 4, 0.4),
+    (16, 64, 128, 4, 4, 0.15),
+)
 _AMPERE = (
     (128, 256, 32, 8, 3, 1.0),
     (128, 128, 32, 8, 4, 0.9),
@@ -444,7 +451,7 @@ _PARTIAL = 6  # and so many, an element of a partial product that is written and
 def _configurations(chip, processors, itemsize, precision, count, n, k, m):
     """Configurations, the best first, for `count` products (n, k) (k, m)."""
     new = chip in (90, 100, 103)
-    tiles = _HOPPER if new else _AMPERE if chip == 80 else _SMALL
+    tiles = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL, 103: _BLACKWELL}.get(chip, _SMALL)
     if itemsize == 4:
         tiles = _FLOAT32 if precision == "ieee" else _TF32 if new else _SMALL
     found = []
@@ -528,6 +535,8 @@ def multiply(a, b, y, finish=Finish(), *, sums=None, more=None, precision="ieee"
     (*batch, n, k), m, itemsize = a.shape, b.shape[-1], a.array.dtype.itemsize
     problem = itemsize, precision, math.prod(batch), n, k, m
     found = _configurations(driver.capability(), driver.multiprocessors(), *problem)
+    if finish.slope:  # its epilogue leaves no room for the largest tile without TMA
+        found = [config for config in found if config["TMA"] or config["BN"] < 256]
     layout = "NT"[a.transposed] + "NT"[b.transposed]
     epilogue = finish.activation, finish.accumulate, bool(sums), bool(more)
     key = (a.array.dtype, precision, layout, *map(_rounded, problem[2:]), *epilogue)
@@ -582,11 +591,15 @@ def _launch(a, b, y, finish, sums, more, precision, config):
     (n, k), m, Z = a.shape[-2:], b.shape[-1], math.prod(y.shape[:-2])
     tma = use_tma and a.fits_tma() and b.fits_tma()
     tma_y = use_tma and y.fits_tma() and (finish.pre is None or finish.pre.fits_tma())
+    tma_y &= not finish.accumulate  # what is read of y would be buffered for every stage
     width = BN // 2 if config["HALVES"] else BN
     c, d = more or (None, None)
     tma_cd = bool(more) and use_tma and c.fits_tma() and d.fits_tma()
-    if sums or more:
-        config["FLATTEN"] = False  # joins one loop with the loop around it, not two
+    wide = y.array.dtype.itemsize > a.array.dtype.itemsize
+    if sums or more or finish.accumulate or wide:
+        # Flattening joins one loop with the loop around it, not two; and it takes the registers
+        # and the shared memory that reading y, or a y of more bytes, needs.
+        config["FLATTEN"] = False
 
     def given(x, tma, *block):
         return x and (x.descriptor(*block) if tma else x.array)
