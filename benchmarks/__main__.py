@@ -167,11 +167,17 @@ def kernels(
         bool, typer.Option("--all", help="With --compile: every candidate for every chip.")
     ] = False,
     processes: Annotated[int, typer.Option(min=1, help="Of --compile.")] = 2,
+    expected: Annotated[
+        Path | None,
+        typer.Option("--roofline", metavar="PNG", help="Draw what an H200's data sheet allows."),
+    ] = None,
     save: Save = False,
     results: Results = RESULTS,
 ):
     """The GPU kernels: raced against PyTorch on a GPU, or compiled and inspected without one."""
     started = time.monotonic()
+    if expected:
+        return draw_roofline(expected)
     os.environ.pop("TRITON_INTERPRET", None)  # read when Triton is imported: not yet
     if not machine.installed("triton"):
         fail("this needs Triton: pip install -e '.[test]'")
@@ -209,6 +215,17 @@ def kernels(
         print(f"saved {draw(data['kernels'], data['roofline'], title, path).name}")
     if failed:
         fail(f"failed: {', '.join(failed)}", code=1)
+
+
+def draw_roofline(path: Path) -> None:
+    """A picture of what to expect, without a GPU."""
+    from .kernels.picture import draw_expected
+
+    try:
+        draw_expected(path)
+    except (OSError, ValueError) as error:  # no such folder, no such kind of picture
+        fail(f"{path}: {error}; give a path such as roofline.png")
+    print(f"saved {path}")
 
 
 def race_ready():

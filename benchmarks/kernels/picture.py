@@ -26,6 +26,57 @@ def draw(results, roofline: dict, title: str, path: Path) -> Path:
     return path
 
 
+H200 = {"bandwidth": 4.8e12, "flops": 989e12}  # by its data sheet; bfloat16, not sparse
+
+
+def _product(n, k, m):
+    return 2 * n * k * m, 2 * (n * k + k * m + n * m)
+
+
+# (operations, bytes) of work on bfloat16: 16,384 tokens, GPT-2's sizes; of attention for one head.
+EXAMPLES = {
+    "softmax": (5, 4),
+    "layer norm": (8, 4),
+    "cross-entropy, V = 50,304": (6, 4),
+    "decoding, one query": (4 * 1024 * 64, 4 * 1024 * 64),
+    "scores in memory, T = 1024": (4 * 1024**2 * 64, 8 * 1024**2),
+    "768 x 768 layer": _product(16384, 768, 768),
+    "MLP, 768 x 3072": _product(16384, 768, 3072),
+    "logits, 768 x 50,304": _product(16384, 768, 50304),
+    "4096³": _product(4096, 4096, 4096),
+    "attention, T = 1024": (4 * 1024**2 * 64, 8 * 1024 * 64),
+    "attention, T = 16,384": (4 * 16384**2 * 64, 8 * 16384 * 64),
+}
+
+
+def draw_expected(path: Path) -> Path:
+    """A PNG of what a data sheet allows: EXAMPLES under the roofline of an H200."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    def roof(x):
+        return min(x * H200["bandwidth"], H200["flops"]) / 1e12
+
+    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    reach = [0.5, H200["flops"] / H200["bandwidth"], 20_000]
+    axes.plot(reach, list(map(roof, reach)), "k-")
+    for i, (name, (flops, moved)) in enumerate(EXAMPLES.items()):
+        at = flops / moved
+        axes.plot(at, roof(at), "o" if i < 10 else "s", color=f"C{i}", label=name)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="operations per byte that has to be moved",
+        ylabel="TFLOP/s that the data sheet of an H200 allows",
+    )
+    axes.legend(fontsize=9)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
 def _seconds(timing):
     return timing["seconds"]["median"]
 
