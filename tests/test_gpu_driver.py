@@ -171,10 +171,66 @@ def test_a_launch_reaches_the_gpus_driver_without_pytorch(fake_cuda):
     assert re.fullmatch(rf"load _softmax_forward {launch} False", words)
 
 
+def test_descriptors_and_strides_reach_the_gpus_driver(fake_cuda):
+    program = LAUNCH + "from tinygrad_llm.kernels.gpu import attention, linear\n"
+    program += "linear.matmul.forward(on_gpu(4096, 768), on_gpu(768, 3072))\n"
+    program += "q = on_gpu(2, 12, 1024, 64)\nattention.attention.forward(q, q, q, causal=True)\n"
+    words = " ".join(process(program + "print('torch' in sys.modules)", **fake_cuda))
+    assert "load _product descriptor 0x1000 of 4096 x 768 in boxes of 128 x 64" in words
+    assert "descriptor 0x1000 of 768 x 3072 in boxes of 64 x" in words
+    assert re.search(r"launch 132x1x1 of 256 threads on stream 1003", words)
+    assert re.search(r"load _attention_forward launch 192x1x1 of 128 threads", words)
+    assert words.endswith("False")
+
+
+SMALLEST = """
+from tinygrad_llm.kernels.gpu import attention, driver, elementwise, linear, loss, norm, position
+from tinygrad_llm.kernels.gpu import reduce, shape
+from tinygrad_llm.kernels.gpu.arrays import Abstract
+
+def run(kernel, *arrays, g=None, **attributes):
+    y, saved = kernel.forward(*arrays, **attributes)
+    needs = tuple(a.dtype == "bfloat16" for a in arrays)
+    kernel.vjp(y if g is None else g, y, *arrays, saved=saved, needs=needs, **attributes)
+
+def one(axes, dtype="bfloat16"):
+    return Abstract((1,) * axes, dtype)
+
+with driver.compiling(90) as compiled:
+    run(linear.matmul, one(2), one(2))
+    run(linear.linear, one(2), one(2), one(1))
+    run(attention.attention, one(4), one(4), one(4), causal=True)
+    run(norm.layer_norm, one(2), one(1), one(1))
+    run(norm.rms_norm, one(2), one(1))
+    run(reduce.softmax, one(2))
+    run(elementwise.gelu_tanh, one(2))
+    run(loss.cross_entropy, one(2), one(1, "int64"), g=1)
+    for axes in (0, 1, 2):
+        run(shape.embedding, one(2), one(axes, "int64"))
+print(len(compiled))
+"""
+
+
+def test_the_smallest_arrays_compile():
+    """A stride or a length of 1 is a constant to Triton's compiler, and not to the interpreter."""
+    assert int(process(SMALLEST)[0]) > 20
+
+
 def test_a_gpu_that_is_too_old_is_refused(gpu):
     gpu(capability=75)
     with pytest.raises(RuntimeError, match=r"compute capability 7\.5; the kernels need 8\.0"):
-        driver.capability()
+        driver.launch(_dot, (1,))
+
+
+@interpreter_only
+def test_an_array_on_another_gpu_is_refused(gpu):
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda", 1)
+
+    Elsewhere.__module__ = "torch"
+    gpu()
+    with pytest.raises(ValueError, match="x is on GPU 1, but the current one is 3"):
+        kernels.softmax.forward(torch.zeros(2, 3).as_subclass(Elsewhere))
 
 
 def test_without_a_gpu_everything_falls_back_to_numpy_and_says_so_once():
@@ -401,6 +457,12 @@ def tables(gpu, monkeypatch, tmp_path):
 
     install()
     return install
+
+
+def test_a_configuration_of_another_version_is_not_used(tables):
+    write(tuning.path(), {"N": 64, "num_warps": 4, "MAGIC": 1})
+    tables()
+    assert chosen() == DEFAULT
 
 
 def chosen(run=None, key=("bfloat16", 4096)):

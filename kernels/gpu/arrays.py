@@ -1,8 +1,8 @@
 """Arrays as a kernel sees them, whoever owns the memory.
 
 A kernel takes CuPy arrays, PyTorch tensors, anything with `__cuda_array_interface__` or DLPack, and
-in the interpreter NumPy arrays; what it returns is of the kind that it was given. PyTorch is never
-imported: whoever passes a tensor has done that.
+in the interpreter NumPy arrays. What it returns is of the kind that it was given, or CuPy's for
+other libraries. PyTorch is never imported: whoever passes a tensor has done that.
 """
 
 import copy
@@ -116,6 +116,10 @@ class NumPyHome:
 
     module = "numpy"
 
+    def device(self, x):
+        """The number of the GPU that has the array; None if no GPU has."""
+        return None
+
     def describe(self, x):
         strides = tuple(s // x.itemsize for s in x.strides)
         return x.ctypes.data, DTYPES[x.dtype.name], x.shape, strides
@@ -137,6 +141,9 @@ class CuPyHome:
     """CuPy's memory pool, on its current stream."""
 
     module = "cupy"
+
+    def device(self, x):
+        return x.device.id
 
     def describe(self, x):
         strides = tuple(s // x.itemsize for s in x.strides)
@@ -160,6 +167,9 @@ class TorchHome:
 
     module = "torch"
 
+    def device(self, x):
+        return x.device.index
+
     def describe(self, x):
         return x.data_ptr(), DTYPES[str(x.dtype).rpartition(".")[2]], tuple(x.shape), x.stride()
 
@@ -180,6 +190,9 @@ class AbstractHome:
     """No memory at all: for compiling without a GPU."""
 
     module = "abstract"
+
+    def device(self, x):
+        return None
 
     def describe(self, x):
         strides = x.strides or tuple(math.prod(x.shape[i + 1 :]) for i in range(len(x.shape)))
@@ -236,6 +249,11 @@ def array(x, name, dtypes=FLOATS, ndim=None):
         return x
     x, home = _at_home(x, name)
     driver.use(home)
+    if (device := home.device(x)) is not None and device != driver.device():
+        raise ValueError(
+            f"{name} is on GPU {device}, but the current one is {driver.device()}: make that one "
+            "current first"
+        )
     try:
         found = Array(x, home)
     except KeyError as error:

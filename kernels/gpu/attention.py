@@ -479,7 +479,7 @@ class _Call:
         R, q = H // H_k, self.q
         shared = (d + e) * q.dtype.itemsize  # bytes of a row of k and v, or of q and g
         if along == "BT":
-            heads, length, shared = B * H, T, n * shared // R
+            heads, length, shared = B * H, T, max(n * shared // R, 1)
         else:
             heads, length, shared = B * H_k, n, T * shared * R
         together = min(max(L2 // shared, 1), heads)
@@ -543,13 +543,17 @@ def _checked(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if not 0 < scale < math.inf:
         raise ValueError(f"scale is {scale}; expected a positive number: for others scale q first")
+    _check_dropout(dropout, seed)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    return _Call(q, k, v, segments, bool(causal), scale, window, dropout, seed, precision)
+
+
+def _check_dropout(dropout, seed):
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}; expected a probability in [0, 1)")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}; expected an integer from 0 to 2⁶³ - 1")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
-    return _Call(q, k, v, segments, bool(causal), scale, window, dropout, seed, precision)
 
 
 def _refuse_masks(M, B, D):
@@ -647,6 +651,7 @@ class attention:
         by 1 - p.
         """
         q, k = array(q, "q"), array(k, "k")
+        _check_dropout(dropout, seed)
         T, n, heads, BT, BN = q.shape[-2], k.shape[-2], math.prod(q.shape[:-2]), 32, 128
         keep = q.empty((*q.shape[:-1], n), "int8")
         grid = (heads, cdiv(T, BT), cdiv(n, BN))

@@ -1,7 +1,7 @@
 """Attention of a few new queries to a cache of keys and values: what generating text consists of.
 
-There is next to nothing to compute, and all of the cache to read: 4 B H_k (d + e) bytes a position
-and two operations for each of them. So
+There is next to nothing to compute, and all of the cache to read: B H_k (d + e) numbers a position,
+with two operations for each of them and each query that reads them. So
 
     heads that share keys are the rows of one tile, and a key is read once for all of them;
     the keys are split into parts, for as many programs as keep the whole GPU reading. A part's
@@ -183,9 +183,10 @@ class decode:
                 _decode_part, (programs, splits), *_with_strides(q, k, v), lengths, parts, L,
                 B, H, R, T, n, splits, window or 0, scale, PRECISION=precision, **flags, **config,
             )  # fmt: skip
+            SPLITS = next_power_of_2(splits)
             launch(
                 _decode_combine, (B * H * T,), parts, L, *_with_strides(y), B * H * T, H, T, splits,
-                E=e, BE=_padded(e), SPLITS=next_power_of_2(splits), num_warps=4,
+                E=e, BE=_padded(e), SPLITS=SPLITS, num_warps=4 if SPLITS * e <= 8192 else 8,
             )  # fmt: skip
 
         default = _default(R * T, q.dtype, max(d, e))

@@ -24,6 +24,7 @@ from . import interpreter
 INTERPRETED = triton.knobs.runtime.interpret
 OLDEST = 80  # compute capability 8.0: bfloat16 and asynchronous copies
 _FLUSH = 256 << 20  # bytes: more than any L2 cache, so that writing them empties it
+_FLUSHES = 8  # keep the GPU busy for half a millisecond, in which the host gets ahead of it
 _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
@@ -53,6 +54,8 @@ def launch(kernel, grid, *arguments, **options):
     if INTERPRETED:
         return kernel[grid](*arguments, **options)
     options.setdefault("enable_fp_fusion", True)  # Triton 3.9 warns if nobody says
+    if _state.chip is None:
+        capability()  # refuses a GPU that is too old
     if _state.chip is None and _state.home == "torch":
         return kernel[grid](*arguments, **options)  # Triton's own driver asks PyTorch
     with _driver_installed():
@@ -95,6 +98,11 @@ def compiles():
 def use(home):
     """Launches follow the library that owns these arrays."""
     _state.home = home.module
+
+
+def device():
+    """The number of the GPU that is current."""
+    return _device_library().device()
 
 
 def multiprocessors():
@@ -171,7 +179,8 @@ class _CuPy:
 
     def milliseconds(self, run):
         start, end = self.cuda.Event(), self.cuda.Event()
-        self._flushes.fill(0)
+        for _ in range(_FLUSHES):
+            self._flushes.fill(0)
         start.record()
         run()
         end.record()
@@ -205,7 +214,8 @@ class _Torch:
 
     def milliseconds(self, run):
         start, end = (self.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flushes.zero_()
+        for _ in range(_FLUSHES):
+            self._flushes.zero_()
         start.record()
         run()
         end.record()

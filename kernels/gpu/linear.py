@@ -302,9 +302,13 @@ class Matrix:
 
     def fits_tma(self):
         """Whether the copy engine takes it: one matrix, everything at multiples of 16 bytes."""
+        return math.prod(self.shape[:-2]) == 1 and min(self.strides[-2:]) == 1 and self.aligned
+
+    @property
+    def aligned(self):
+        """Whether each row, or each column, begins at a multiple of 16 bytes."""
         step = max(self.strides[-2:]) * self.array.dtype.itemsize
-        one = math.prod(self.shape[:-2]) == 1 and min(self.strides[-2:]) == 1
-        return one and self.array.address % 16 == 0 and step % 16 == 0
+        return self.array.address % 16 == 0 and step % 16 == 0
 
     def descriptor(self, rows, columns):
         """For tiles of that size; of the transpose, if that is how the memory lies."""
@@ -535,11 +539,16 @@ def multiply(a, b, y, finish=Finish(), *, sums=None, more=None, precision="ieee"
     (*batch, n, k), m, itemsize = a.shape, b.shape[-1], a.array.dtype.itemsize
     problem = itemsize, precision, math.prod(batch), n, k, m
     found = _configurations(driver.capability(), driver.multiprocessors(), *problem)
+    matrices = a, b, y, finish.pre, finish.slope, finish.residual, *(more or ())
+    aligned = all(x is None or x.aligned for x in matrices)
+    if not aligned:  # a pointer for each element, for which the largest tile has no registers
+        largest = max(config["BM"] * config["BN"] for config in found)
+        found = [config for config in found if config["BM"] * config["BN"] < largest]
     if finish.slope:  # its epilogue leaves no room for the largest tile without TMA
         found = [config for config in found if config["TMA"] or config["BN"] < 256]
     layout = "NT"[a.transposed] + "NT"[b.transposed]
     epilogue = finish.activation, finish.accumulate, bool(sums), bool(more)
-    key = (a.array.dtype, precision, layout, *map(_rounded, problem[2:]), *epilogue)
+    key = (a.array.dtype, precision, layout, aligned, *map(_rounded, problem[2:]), *epilogue)
 
     def run(config):  # of a search: y is not to be added to more than once
         spare = sums and (_like(sums[0]), sums[1])

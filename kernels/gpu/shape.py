@@ -60,7 +60,7 @@ def _sort_pieces(t, keys, stride_t, n, per_row, v, PIECE: tl.constexpr, STEP: tl
 @triton.jit
 def _key(t, i, stride_t, n, per_row, v):
     """id · 2³² + i; positions from n on come after all others."""
-    at = i // per_row * stride_t.to(tl.int64) + i % per_row
+    at = i.to(tl.int64) // per_row * stride_t + i % per_row
     t_i = tl.load(t + at, mask=i < n, other=0).to(tl.int64)
     t_i = tl.where((t_i >= 0) & (t_i < v) & (i < n), t_i, v)
     return t_i * 4294967296 + i
@@ -214,7 +214,7 @@ def _sums(x, name, t, count):
     not_empty(**{name: x, "t": t})
     if x.shape[:-1] != t.shape:
         raise ValueError(f"{name} has shape {x.shape}; expected {t.shape} and an axis, as t has")
-    if not 1 <= count < 2**31 or t.size >= 2**31:
+    if not 1 <= count < 2**31 or t.size >= 2**30:
         raise ValueError(f"{count} rows and {t.size} ids; expected 1 to 2³¹ - 1 of each")
     stride, n, c = rows(x, name)[1], t.size, x.shape[-1]
     keys = _sorted_keys(t, count)

@@ -86,10 +86,12 @@ def configuration(kernel, key, default, candidates=None, run=None):
     if not (entries or _searching):
         return default
     key = " ".join(map(str, key))
-    if key not in entries and _searching and candidates and run:
+    known = key in entries and entries[key]["config"].keys() == default.keys()  # of this version
+    if not known and _searching and candidates and run:
         entries[key] = _fastest(candidates(), run)
         _store(_table())
-    return entries[key]["config"] if key in entries else default
+        known = True
+    return entries[key]["config"] if known else default
 
 
 def _fastest(candidates, run):
