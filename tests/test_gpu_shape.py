@@ -87,7 +87,7 @@ MUTANTS = [
     ),
     Mutant(
         "the gap between the rows of ids is sorted",
-        "at = i // per_row * stride_t.to(tl.int64) + i % per_row",
+        "at = i.to(tl.int64) // per_row * stride_t + i % per_row",
         "at = i",
     ),
     Mutant(

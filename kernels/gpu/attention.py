@@ -379,6 +379,11 @@ _TIGHT = {  # with more than usual to keep in registers, on all chips
     "attention_vjp_keys": {64: (32, 64, 8, 2), 128: (16, 64, 8, 2), 256: (32, 32, 8, 1)},
     "attention_vjp_queries": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
 }
+_TIGHTEST = {  # and the words of Philox besides
+    "attention_forward": _TIGHT["attention_forward"],
+    "attention_vjp_keys": {64: (32, 64, 8, 2), 128: (32, 32, 8, 2), 256: (32, 32, 8, 1)},
+    "attention_vjp_queries": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
+}
 _FLOAT32 = {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)}  # no tensor cores
 
 
@@ -386,10 +391,11 @@ def _configuration(BT, BN, num_warps, num_stages):
     return dict(BT=BT, BN=BN, num_warps=num_warps, num_stages=num_stages)
 
 
-def _default(kernel, chip, dtype, width, tight):
+def _default(kernel, chip, dtype, width, tight, dropout):
     """The configuration for heads of so many columns."""
     chips = {90: _HOPPER, 100: _BLACKWELL, 103: _BLACKWELL}
-    tiles = (_TIGHT if tight else chips.get(chip, _AMPERE))[kernel]
+    tiles = _TIGHTEST if dropout else _TIGHT if tight else chips.get(chip, _AMPERE)
+    tiles = tiles[kernel]
     width = max(_padded(width), 64)
     return _configuration(*(_FLOAT32 if dtype == "float32" else tiles)[width])
 
@@ -496,8 +502,9 @@ class _Call:
             launch(kernel, grid, *arguments, *numbers, *randomness, **flags, **config)
 
         name = kernel.__name__.lstrip("_")
-        tight = self.dropout > 0 or (R > 1 if along == "BN" else self.window and "vjp" in name)
-        default = _default(name, driver.capability(), q.dtype, max(d, e), tight)
+        tight = R > 1 if along == "BN" else self.window and "vjp" in name
+        traits = q.dtype, max(d, e), tight, self.dropout > 0
+        default = _default(name, driver.capability(), *traits)
         sizes = [next_power_of_2(x) for x in (T, n, heads)]
         key = q.dtype, *flags.values(), self.segments is not None, R, *sizes
         run(
