@@ -11,6 +11,8 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -171,6 +173,7 @@ class Mutant:
     name: str
     old: str
     new: str
+    module: ModuleType = None  # whose file, if not that of the module under test
 
     def __str__(self):
         return self.name
@@ -178,19 +181,27 @@ class Mutant:
 
 @contextlib.contextmanager
 def planted(module, mutant, folder):
-    """The module with the mistake in it, imported from a file of its own."""
-    text = Path(module.__file__).read_text(encoding="utf-8")
+    """The module, imported again with the mistake in its file or in that of a module it uses."""
+    culprit = mutant.module or module
+    text = Path(culprit.__file__).read_text(encoding="utf-8")
     assert text.count(mutant.old) == 1, f"{mutant.old!r} is there {text.count(mutant.old)} times"
     file = Path(folder) / "mutant.py"
     file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    with mock.patch.dict(sys.modules):
+        wrong = _imported(culprit, file)
+        if culprit is not module:
+            sys.modules[culprit.__name__] = wrong
+            wrong = _imported(module, module.__file__)
+        yield wrong
+
+
+def _imported(module, file):
+    """Another copy of the module, from that file."""
     name = f"{module.__package__}.mutant_of_{module.__name__.rpartition('.')[2]}"
     spec = importlib.util.spec_from_file_location(name, file)
-    wrong = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(wrong)
-        yield wrong
-    finally:
-        del sys.modules[name]
+    copy = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    return copy
 
 
 def killed(module, mutant, checks, folder, examples=12):

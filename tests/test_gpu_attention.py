@@ -303,8 +303,10 @@ def test_gradients_go_where_they_are_wanted():
     attention.attention.vjp(y, y, q, k, v, needs=(True,) * 3, out=out, **call)
     for a, b in zip(out, expected):
         assert np.array_equal(host(a), host(b))
-    needs = attention.attention.vjp(y, y, q, k, v, needs=(False, False, True), **call)
-    assert needs[:2] == (None, None) and np.array_equal(host(needs[2]), host(expected[2]))
+    qkv_bar.fill(77)
+    bars = attention.attention.vjp(y, y, q, k, v, needs=(False, True, False), out=out, **call)
+    assert bars[0] is bars[2] is None and np.array_equal(host(bars[1]), host(expected[1]))
+    assert (host(qkv_bar[:, :, ::2]) == 77).all()
 
 
 def test_axes_that_are_missing_are_one():
@@ -380,6 +382,7 @@ BAD = [
     (lambda: backward(dtype="float16"), TypeError, "g has dtype float16"),
     (lambda: backward(L=(1, 2, 4)), ValueError, "saved L has shape"),
     (lambda: backward(out=(zeros(5, 16), None, None)), ValueError, "out for q has shape"),
+    (lambda: backward(out=(same := zeros(1, 2, 5, 16), same, None)), ValueError, "with out for q"),
     (lambda: decode_forward(q=(2, 1, 16), k=(2, 5, 16)), ValueError, "expected (B, H, T, d)"),
     (lambda: decode_forward(lengths=(5, 5)), ValueError, "lengths has shape (2,)"),
     (lambda: decode_forward(dtype=np.float32), TypeError, "lengths has dtype float32"),

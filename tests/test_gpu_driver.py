@@ -20,9 +20,9 @@ import triton.language as tl
 from gpu_harness import ON_GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tinygrad_llm.kernels.gpu import driver, tuning
+from tinygrad_llm.kernels.gpu import driver, norm, optim, tuning
 from tinygrad_llm.kernels.gpu import reduce as kernels
-from tinygrad_llm.kernels.gpu.arrays import Abstract, Array, array, rows
+from tinygrad_llm.kernels.gpu.arrays import Abstract, Array, apart, array, rows
 
 from tinygrad_llm import backend
 
@@ -174,11 +174,14 @@ def test_a_launch_reaches_the_gpus_driver_without_pytorch(fake_cuda):
 def test_descriptors_and_strides_reach_the_gpus_driver(fake_cuda):
     program = LAUNCH + "from tinygrad_llm.kernels.gpu import attention, linear\n"
     program += "linear.matmul.forward(on_gpu(4096, 768), on_gpu(768, 3072))\n"
+    program += "x, w, b = on_gpu(4096, 768), on_gpu(768, 768), on_gpu(768)\n"
+    program += "linear.linear.forward(x, w, b, x, activation='silu')\n"
     program += "q = on_gpu(2, 12, 1024, 64)\nattention.attention.forward(q, q, q, causal=True)\n"
     words = " ".join(process(program + "print('torch' in sys.modules)", **fake_cuda))
     assert "load _product descriptor 0x1000 of 4096 x 768 in boxes of 128 x 64" in words
     assert "descriptor 0x1000 of 768 x 3072 in boxes of 64 x" in words
     assert re.search(r"launch 132x1x1 of 256 threads on stream 1003", words)
+    assert words.count("load _product") == 2
     assert re.search(r"load _attention_forward launch 192x1x1 of 128 threads", words)
     assert words.endswith("False")
 
@@ -356,6 +359,38 @@ def test_rows_are_where_numpy_has_them(data):
     assert first == [i * stride for i in range(count)]
 
 
+@interpreter_only
+@given(st.data())
+@settings(max_examples=200)
+def test_memory_that_is_written_to_is_nobody_elses(data):
+    base = np.zeros(60, np.float32)
+
+    def view(name):
+        shape = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
+        strides = [data.draw(st.sampled_from([-4, -1, 0, 1, 2, 3, 4, 9])) for _ in shape]
+        there = np.lib.stride_tricks.as_strided(base[30:], shape, [4 * s for s in strides])
+        return there, array(there, name)
+
+    (there, out), (other, x) = view("out"), view("x")
+    addresses = np.unique(there.ctypes.data + np.indices(there.shape).T @ there.strides)
+    try:
+        apart(out, "out", x=x, nothing=None)
+    except ValueError as error:
+        shares = "out shares memory with x" in str(error)
+        assert shares == np.shares_memory(there, other) or "elements overlap" in str(error)
+        return
+    assert len(addresses) == there.size and not np.shares_memory(there, other)
+
+
+@interpreter_only
+def test_arrays_of_two_libraries_are_refused():
+    x = np.ones((2, 3), np.float32)
+    with pytest.raises(TypeError, match="arrays of numpy and torch in one call"):
+        norm.rms_norm.forward(x, torch.ones(3))
+    with pytest.raises(TypeError, match="arrays of numpy and torch in one call"):
+        optim.global_norm([x, torch.ones(3)])
+
+
 # --- the interpreter ------------------------------------------------------------------------------
 
 
@@ -502,14 +537,25 @@ def test_a_search_keeps_the_fastest_for_the_next_process(tables):
     assert entry == {"config": CANDIDATES[1], "ms": 1.0}
 
 
-def test_a_candidate_that_does_not_fit_is_left_out(tables):
+@pytest.mark.parametrize(
+    "error",
+    [
+        triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory"),
+        RuntimeError("PassManager::run failed"),
+    ],
+)
+def test_a_candidate_that_does_not_fit_is_left_out(tables, error):
     def run(candidate):
-        if candidate == CANDIDATES[1]:
-            raise triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
+        if candidate == CANDIDATES[1] or unlucky:
+            raise error
 
+    unlucky = False
     tables(*[3.0, 2.0] * 7)
     with tuning.searching():
         assert chosen(run=run) == CANDIDATES[2]
+        unlucky = True
+        with pytest.raises(RuntimeError, match="none of the candidates runs on this GPU: "):
+            chosen(run=run, key=("float32", 1))
 
 
 def test_a_search_that_is_interrupted_leaves_the_table_as_it_was(tables):

@@ -1,6 +1,7 @@
-"""The kernels of kernels/gpu/linear.py, with tiles so small that every product takes several."""
+"""kernels/gpu/product.py and linear.py, with tiles so small that every product takes several."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest import mock
 
 import gpu_harness as harness
@@ -8,13 +9,14 @@ import numpy as np
 import pytest
 from gpu_harness import Mutant, agrees, close, device, dtypes, normal, rounded, spaced
 from hypothesis import strategies as st
-from tinygrad_llm.kernels.gpu import driver, linear, tuning
+from tinygrad_llm.kernels.gpu import driver, linear, lora, product, tuning
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tinygrad_llm import functional as F  # noqa: N812
 
 ACTIVATIONS = {
     None: lambda u: u,
+    "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": lambda u: F.gelu(u, "tanh"),
     "silu": F.silu,
@@ -146,7 +148,7 @@ def linear_adds(gpu, draw):
 
 def mlp(gpu, draw):
     dtype, (n, k, hidden, m) = draw(dtypes), sizes(draw, 4)
-    activation = draw(st.sampled_from(["gelu", "gelu_tanh", "silu"]))
+    activation = draw(st.sampled_from(list(ACTIVATIONS)[1:]))
     arrays = [
         row_arrays(draw, dtype, n, k),
         matrices(draw, dtype, hidden, k),
@@ -165,20 +167,9 @@ def mlp(gpu, draw):
         agrees(gpu.mlp, reference, arrays, dtype, g=normal(draw, n, m), activation=activation)
 
 
-def slopes(gpu, draw):
-    """Every activation in float32, where a wrong constant shows."""
-    x, w = rounded(normal(draw, 5, 3), "float32"), rounded(normal(draw, 17, 3), "float32")
-    with small_tiles(draw):
-        for activation, function in ACTIVATIONS.items():
-            layer = lambda x, w: function(F.linear(x, w))  # noqa: B023, E731
-            agrees(
-                gpu.linear, layer, [x, w], "float32", g=normal(draw, 5, 17), activation=activation
-            )
-
-
-CHECKS = {matmul: 6, matmul_adds: 3, linear_layer: 5, linear_adds: 4, slopes: 2, mlp: 2}
+CHECKS = {matmul: 6, matmul_adds: 3, linear_layer: 5, linear_adds: 4, mlp: 2}
 # None of them may leave the arrays' memory: the interpreter would write there.
-MUTANTS = {
+IN_PRODUCT = {
     matmul: [
         Mutant("the last column does not exist", "(j < m)[None", "(j < m - 1)[None"),
         Mutant("the last row does not exist", "(i < n)[:, None]", "(i < n - 1)[:, None]"),
@@ -193,28 +184,28 @@ MUTANTS = {
     matmul_adds: [
         Mutant("y is not added to but replaced", "u += _load(y, at_y", "u = _load(y, at_y"),
     ],
-    slopes: [
-        Mutant("GELU's slope without the factor 3", "0.134145", "0.044715"),
-        Mutant("the exact GELU's slope lacks its second term", " + u * density", ""),
-        Mutant(
-            "GELU's constant is 0.0447",
-            "u = u * tl.sigmoid(1.5957691216057308 * (u + 0.044715",
-            "u = u * tl.sigmoid(1.5957691216057308 * (u + 0.0447",
-        ),
-        Mutant("half of u is kept", "1), i, j, n, m, u, TMA)", "1), i, j, n, m, u * 0.5, TMA)"),
-        Mutant("no gradient of the activation", "if activation and any(", "if False and any("),
-    ],
     linear_layer: [
         Mutant("the first columns' bias for all", "js = j + tl.arange", "js = tl.arange"),
         Mutant("the residual replaces what it is added to", "u += r.to", "u = r.to"),
+        Mutant("half of u is kept", "1), i, j, n, m, u, TMA)", "1), i, j, n, m, u * 0.5, TMA)"),
         Mutant("the bias gradient is of the last rows only", "sums += tl.sum(", "sums = tl.sum("),
         Mutant("all parts have one bias gradient", "sums + z * n", "sums"),
     ],
     linear_adds: [
         Mutant("the bias gradient is not added", "row_sums += tl.load", "row_sums = tl.load"),
     ],
+    mlp: [Mutant("the slope is 1", "FUNCTION(u, x.to(tl.float32))", "u")],
+}
+IN_LINEAR = {
+    linear_layer: [
+        Mutant("the activation's gradient is g", "activation and any(", "False and any(")
+    ],
     mlp: [Mutant("the hidden slope is left out", "precision, finish=through", "precision")],
 }
+MUTANTS = [
+    *((check, replace(m, module=product)) for check, some in IN_PRODUCT.items() for m in some),
+    *((check, m) for check, some in IN_LINEAR.items() for m in some),
+]
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -222,7 +213,7 @@ def test_agrees_with_the_maths(check):
     harness.run(check, linear, examples=CHECKS[check])
 
 
-@pytest.mark.parametrize("check, mutant", [(check, m) for check in MUTANTS for m in MUTANTS[check]])
+@pytest.mark.parametrize("check, mutant", MUTANTS)
 def test_mutants_are_killed(check, mutant, tmp_path):
     assert harness.killed(linear, mutant, [check], tmp_path, examples=40)
 
@@ -232,6 +223,15 @@ def test_mutants_are_killed(check, mutant, tmp_path):
 
 def array(*shape, dtype="float32"):
     return device(np.zeros(shape, harness.NUMPY[dtype]))
+
+
+def in_place(call):
+    return call(array(4, 4))
+
+
+def layer_backward(x=None, w=None, g=None, into=None):
+    x, w, g = (array(4, 4) if a is None else a for a in (x, w, g))
+    return linear.linear.vjp(g, None, x, w, saved=(), needs=(True, True), into=into)
 
 
 BAD = [
@@ -257,6 +257,33 @@ BAD = [
         ValueError,
         "2 at most",
     ),
+    (
+        lambda: in_place(lambda x: linear.matmul.forward(x, array(4, 4), out=x)),
+        ValueError,
+        "with a",
+    ),
+    (
+        lambda: in_place(lambda x: linear.matmul.forward(array(4, 4), x, out=x)),
+        ValueError,
+        "with b",
+    ),
+    (
+        lambda: linear.matmul.forward(
+            array(3, 4), array(4, 6), out=np.broadcast_to(array(1, 6), (3, 6))
+        ),
+        ValueError,
+        "its own elements overlap",
+    ),
+    (
+        lambda: in_place(lambda w: layer_backward(w=w, into=(None, w))),
+        ValueError,
+        "into's w shares memory with w",
+    ),
+    (
+        lambda: in_place(lambda g: layer_backward(g=g, into=(g, None))),
+        ValueError,
+        "into's x shares memory with g",
+    ),
     (lambda: linear.linear.forward(array(3, 4), array(6, 5)), ValueError, "expected (6, 4)"),
     (
         lambda: linear.linear.forward(array(3, 4), array(6, 4), array(5)),
@@ -267,9 +294,9 @@ BAD = [
     (lambda: linear.linear.forward(array(3, 8)[:, ::2], array(6, 4)), ValueError, "contiguous"),
     (lambda: linear.linear.forward([1.0], array(6, 4)), TypeError, "list"),
     (
-        lambda: linear.linear.forward(array(3, 4), array(6, 4), activation="relu"),
+        lambda: linear.linear.forward(array(3, 4), array(6, 4), activation="tanh"),
         ValueError,
-        "'relu'",
+        "'tanh'",
     ),
     (
         lambda: linear.linear.forward(array(3, 4), array(6, 4), array(6), array(3, 4)),
@@ -308,7 +335,7 @@ BAD = [
 
 @pytest.mark.parametrize("call, error, words", BAD)
 def test_bad_arguments_are_refused(call, error, words):
-    no_launch = mock.patch.object(linear, "launch", side_effect=AssertionError("launched"))
+    no_launch = mock.patch.object(product, "launch", side_effect=AssertionError("launched"))
     with no_launch, pytest.raises(error) as raised:
         call()
     assert words in str(raised.value) and "\n" not in str(raised.value)
@@ -316,7 +343,7 @@ def test_bad_arguments_are_refused(call, error, words):
 
 def descriptors(x, w):
     """Which of x, w and y the kernel gets as descriptors."""
-    with mock.patch.object(linear, "launch", wraps=linear.launch) as launch:
+    with mock.patch.object(product, "launch", wraps=product.launch) as launch:
         linear.linear.forward(x, w)
     return [isinstance(x, TensorDescriptor) for x in launch.call_args.args[2:5]]
 
@@ -329,15 +356,33 @@ def test_descriptors_where_the_memory_is_aligned(columns, used):
     assert descriptors(x, w) == [used, used, True]
 
 
+@pytest.mark.skipif(driver.capability() < 90, reason="no copy engine")
+@pytest.mark.parametrize("rank, last, used", [(8, 24, (True, True)), (5, 24, (False, True))])
+def test_an_update_and_an_output_have_descriptors_of_their_own(rank, last, used):
+    shapes = (16, 40), (last, 40), (rank, 40), (last, rank)
+    with mock.patch.object(product, "launch", wraps=product.launch) as launch:
+        lora.lora.forward(*(array(*shape, dtype="bfloat16") for shape in shapes))
+    _, call = launch.call_args_list  # the second product: x wᵀ + h Bᵀ
+    assert call.kwargs["TMA"] and (call.kwargs["TMA_CD"], call.kwargs["TMA_Y"]) == used
+
+
+@pytest.mark.skipif(driver.capability() < 90, reason="no copy engine")
+def test_an_output_that_is_not_aligned_is_written_through_pointers():
+    a, b = array(16, 40, dtype="bfloat16"), array(40, 24, dtype="bfloat16")
+    with mock.patch.object(product, "launch", wraps=product.launch) as launch:
+        linear.matmul.forward(a, b, out=array(16, 25, dtype="bfloat16")[:, 1:])
+    assert launch.call_args.kwargs["TMA"] and not launch.call_args.kwargs["TMA_Y"]
+
+
 def test_few_tiles_are_split():
-    config = linear._configurations(90, 132, 2, "ieee", 1, 768, 32768, 768)[0]
+    config = product._configurations(90, 132, 2, "ieee", 1, 768, 32768, 768)[0]
     assert config["SPLITS"] > 1
-    assert linear._configurations(90, 132, 2, "ieee", 1, 8192, 768, 50304)[0]["SPLITS"] == 1
+    assert product._configurations(90, 132, 2, "ieee", 1, 8192, 768, 50304)[0]["SPLITS"] == 1
 
 
 def test_the_same_bits_each_time():
     x = device(np.random.default_rng(0).standard_normal((33, 40)).astype(np.float32))
-    with tuning.using(product=linear._configurations(80, 2, 4, "ieee", 1, 33, 40, 33)[-1]):
+    with tuning.using(product=product._configurations(80, 2, 4, "ieee", 1, 33, 40, 33)[-1]):
         first, second = (harness.host(linear.matmul.forward(x, x.T)[0]) for _ in range(2))
     assert np.array_equal(first, second)
 

@@ -333,6 +333,53 @@ def inner_contiguous(**named):
             )
 
 
+def apart(out, name, **inputs):
+    """ValueError unless each element of an array that is written to is in a place of its own, and
+    none of them is an input's. Inputs that are None are left out.
+    """
+    reach = 0  # of the axes with smaller steps
+    for step, length in sorted(zip(map(abs, out.strides), out.shape)):
+        if length > 1 and step <= reach:
+            raise ValueError(f"{name} has strides {out.strides}: its own elements overlap")
+        reach += (length - 1) * step
+    for other, x in inputs.items():
+        if x is not None and not driver.compiles() and _overlap(out, x):
+            raise ValueError(f"{name} shares memory with {other}: give it memory of its own")
+
+
+def _overlap(x, y):
+    """Whether two arrays have an element in common. NumPy answers that from addresses and strides,
+    without reading; where it would take long, the answer is yes.
+    """
+    (begin, end), (first, last) = _extent(x), _extent(y)
+    if end <= first or last <= begin:
+        return False
+    try:
+        return np.shares_memory(np.asarray(_Place(x)), np.asarray(_Place(y)), max_work=10**4)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _extent(x):
+    """The first byte of an array, and the first one after it."""
+    steps = [(length - 1) * stride for length, stride in zip(x.shape, x.strides)]
+    below, above = sum(s for s in steps if s < 0), sum(s for s in steps if s > 0)
+    return x.address + below * x.dtype.itemsize, x.address + (above + 1) * x.dtype.itemsize
+
+
+class _Place:
+    """Where an Array lies, in the form that NumPy takes."""
+
+    def __init__(self, x):
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (x.address, True),
+            "shape": x.shape,
+            "strides": tuple(stride * x.dtype.itemsize for stride in x.strides),
+            "typestr": f"|V{x.dtype.itemsize}",
+        }
+
+
 def not_empty(**named):
     """ValueError if an array has no elements."""
     for name, x in named.items():

@@ -31,6 +31,7 @@ from . import driver, tuning
 from .arrays import (
     IDS,
     Array,
+    apart,
     array,
     cdiv,
     inner_contiguous,
@@ -642,7 +643,7 @@ class attention:
         shaped(y, "y", g.shape)
         shaped(L, "saved L", g.shape[:-1])
         inner_contiguous(g=g, y=y)
-        q_bar, k_bar, v_bar = map(_target, out, "qkv", (call.q, call.k, call.v))
+        q_bar, k_bar, v_bar = _targets(out, needs, call, g, y)
         delta = _delta(call, g, y)
         given = *_with_strides(g), *call.operands, L, delta
         if needs[0]:
@@ -666,14 +667,22 @@ class attention:
         return keep.data
 
 
-def _target(out, name, x):
-    """Where the gradient of x goes."""
-    if out is None:
-        return _side_by_side(x, x.shape[-1])
-    out = array(out, f"out for {name}", (x.dtype,))
-    shaped(out, f"out for {name}", x.shape)
-    inner_contiguous(**{f"out for {name}": out})
-    return out
+def _targets(out, needs, call, g, y):
+    """Where the gradients of q, k and v go."""
+    taken, found = {"q": call.q, "k": call.k, "v": call.v, "g": g, "y": y}, []
+    for name, to, need in zip("qkv", out, needs):
+        x = taken[name]
+        if to is None or not need:
+            found.append(_side_by_side(x, x.shape[-1]))
+            continue
+        name = f"out for {name}"
+        to = array(to, name, (x.dtype,))
+        shaped(to, name, x.shape)
+        inner_contiguous(**{name: to})
+        apart(to, name, **taken)
+        taken[name] = to
+        found.append(to)
+    return found
 
 
 def _delta(call, g, y):

@@ -18,6 +18,7 @@ import threading
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver as _triton_driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import interpreter
 
@@ -48,9 +49,11 @@ def _prepare():
 
 
 def launch(kernel, grid, *arguments, **options):
-    """kernel[grid](*arguments, **options). Arguments are Arrays, TensorDescriptors and numbers;
-    options are compile-time constants, num_warps and num_stages.
+    """kernel[grid](*arguments, **options). Arguments are Arrays, all of one library, descriptors of
+    them, numbers, and tuples of all these; options are compile-time constants, num_warps and
+    num_stages.
     """
+    follow(arguments)
     if INTERPRETED:
         return kernel[grid](*arguments, **options)
     options.setdefault("enable_fp_fusion", True)  # Triton 3.9 warns if nobody says
@@ -63,6 +66,19 @@ def launch(kernel, grid, *arguments, **options):
             return kernel[grid](*arguments, **options)
         compiled = kernel.warmup(*arguments, grid=grid, **options)
     _state.compiled.append((kernel, grid, options, compiled))
+
+
+def follow(arguments):
+    """Launches go where the arrays among these are. TypeError if that is in two libraries."""
+    arrays = [x.base if isinstance(x, TensorDescriptor) else x for x in arguments]
+    libraries = {x.home.module for x in arrays if hasattr(x, "home")}
+    if len(libraries) > 1:
+        raise TypeError(
+            f"arrays of {' and '.join(sorted(libraries))} in one call; expected one library's: "
+            "torch.as_tensor(x) and cupy.asarray(x) convert without a copy"
+        )
+    for library in libraries:
+        _state.home = library
 
 
 @contextlib.contextmanager
@@ -272,11 +288,16 @@ def _driver():
         """Triton's own driver, less PyTorch."""
 
         def __init__(self):
-            self.launcher_cls = nvidia.CudaLauncher
+            pass  # theirs asks PyTorch, and needs libcuda
 
         @functools.cached_property
         def utils(self):  # compiles C, and needs libcuda
             return nvidia.CudaUtils()
+
+        @property
+        def launcher_cls(self):
+            self.utils  # noqa: B018  3.6's launchers find the type of a descriptor there
+            return nvidia.CudaLauncher
 
         @staticmethod
         def is_active():

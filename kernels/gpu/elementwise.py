@@ -175,6 +175,8 @@ class gelu_tanh(_Activation):
     value, gradient = _gelu_tanh, _gelu_tanh_vjp
 
 
+ACTIVATIONS = {f.__name__: f for f in (relu, silu, gelu, gelu_tanh)}
+
 # --- SwiGLU's product -----------------------------------------------------------------------------
 
 

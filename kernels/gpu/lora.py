@@ -9,18 +9,17 @@ The gradient of x has the same form.
 from .arrays import array, shaped
 from .linear import (
     PRECISIONS,
-    Finish,
     apply_weight,
     evenly,
     input_gradient,
-    matrix,
     one_of,
     output_gradient,
-    row_matrix,
     targets,
     weight,
     weight_gradients,
 )
+from .matrices import matrix, row_matrix
+from .product import Finish
 
 FUSED = ("lora",)
 
@@ -53,7 +52,7 @@ class lora:
         """
         x, w, A, B, b = _arguments(x, w, A, B, b, precision)
         g, h = output_gradient(g, x, w), array(saved[0], "h")
-        x_into, w_into, A_into, B_into, b_into = targets(into, needs, x=x, w=w, A=A, B=B, b=b)
+        x_into, w_into, A_into, B_into, b_into = targets(into, needs, g, x=x, w=w, A=A, B=B, b=b)
         x_bar = A_bar = None
         if needs[0] or needs[2]:
             h_bar = array(

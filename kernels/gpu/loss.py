@@ -207,7 +207,8 @@ class cross_entropy:
             )  # fmt: skip
 
         run(_tiles("cross_entropy_forward", x, in_place, lambda c: run(c, x.empty(x.shape))))
-        return _mean_over(losses, N).data, (N,) if in_place else (L, N)
+        saved = (N.data,) if in_place else (L.data, N.data)
+        return _mean_over(losses, N).data, saved
 
     @staticmethod
     def vjp(g, y, x, t, *, ignore_index=-100, in_place=False, saved, needs):
@@ -219,7 +220,7 @@ class cross_entropy:
                 _scale_rows(x, _factor(g, x), stride)
             return x.data, None
         g = _factor(g, x)
-        (n, v), (L, N) = x.shape, saved
+        (n, v), (L, N) = x.shape, (array(s, "saved", ("float32",)) for s in saved)
         x_bar = x.empty((n, _width(v)))
 
         def run(c):
@@ -274,7 +275,8 @@ class linear_cross_entropy:
             if gradients:
                 matmul.forward(X, w, out=h_bar[part])
                 matmul.forward(X.swapaxes(0, 1), h[part], out=w_bar, accumulate=start > 0)
-        return _mean_over(losses, N).data, (h_bar, w_bar, N)
+        sums = (h_bar.data, w_bar.data) if gradients else (None, None)
+        return _mean_over(losses, N).data, (*sums, N.data)
 
     @staticmethod
     def vjp(g, y, h, w, t, *, ignore_index=-100, chunk=None, gradients=True, saved, needs):
@@ -282,7 +284,7 @@ class linear_cross_entropy:
         g = _factor(g, h)
         if not gradients:
             raise ValueError("forward was called with gradients=False; there is none to give")
-        *sums, N = saved
+        *sums, N = (array(s, "saved") for s in saved)
         found = [_times(x, g, N, h.dtype).data if need else None for x, need in zip(sums, needs)]
         return *found, None
 

@@ -21,7 +21,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from . import tuning
+from . import driver, tuning
 from .arrays import FLOATS, array, cdiv, next_power_of_2, not_empty, same
 from .driver import launch
 
@@ -212,6 +212,7 @@ def global_norm(gradients):
     found = [_contiguous(array(g, name), name) for name, g in named.items()]
     if not found:
         raise ValueError("gradients has no arrays; expected at least one")
+    driver.follow(found)
     alike = [[found[i] for i in members] for members in _by_dtype(found)]
     groups = [_Gradients(_Pieces(some), some) for some in alike]
     partials = found[0].empty((sum(group.pieces.count for group in groups),), "float32")
@@ -237,6 +238,7 @@ class AdamW:
         found = [_contiguous(array(p, name), name) for name, p in named.items()]
         if not found:
             raise ValueError("there are no parameters to train")
+        driver.follow(found)
         addresses = [p.address for p in found if p.address]  # 0: inside driver.compiling()
         if len(set(addresses)) < len(addresses):
             raise ValueError("a parameter comes twice; list it once")
@@ -294,6 +296,7 @@ class AdamW:
                 g = _contiguous(array(g, name, (p.dtype, "float32")), name)
                 same("shape", **{f"parameters[{i}]": p, name: g})
             found.append(g)
+        driver.follow([*self._parameters, *found])
         for group in self._groups:
             if len({found[i].dtype for i in group.members if found[i] is not None}) > 1:
                 raise TypeError(f"gradients of {group.dtype} parameters differ in dtype")

@@ -95,14 +95,18 @@ def configuration(kernel, key, default, candidates=None, run=None):
 
 
 def _fastest(candidates, run):
-    """Each candidate in turns, several times; those that the GPU cannot hold are left out."""
+    """Each candidate in turns, several times. Left out are those that the GPU cannot hold, and
+    those on which the compiler fails.
+    """
     times = {}
     for i, candidate in enumerate(candidates):
-        with contextlib.suppress(triton.runtime.errors.OutOfResources):
+        try:
             run(candidate)  # compiles
             times[i] = []
+        except Exception as error:  # Triton's compiler and assembler have several of their own
+            failed = error
     if not times:
-        raise RuntimeError("none of the candidates fits this GPU")
+        raise RuntimeError(f"none of the candidates runs on this GPU: {failed}")
     for _ in range(7):
         for i, found in times.items():
             found.append(driver.milliseconds(lambda i=i: run(candidates[i])))
