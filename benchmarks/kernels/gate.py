@@ -146,7 +146,7 @@ def _warps(compiled):
 def _text(options, without=("enable_fp_fusion",)):
     """Flags by their names where they are set, everything else with its value."""
     return " ".join(
-        name if value is True else f"{name}={value}"
+        name if value is True else f"{name}={getattr(value, '__name__', value)}"
         for name, value in options.items()
         if name not in without and value is not False and value is not None
     )

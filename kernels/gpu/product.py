@@ -384,8 +384,8 @@ def multiply(a, b, y, finish=AS_IT_IS, *, sums=None, more=None, precision="ieee"
     if not aligned:  # a pointer for each element, for which the largest tile has no registers
         largest = max(config["BM"] * config["BN"] for config in found)
         found = [config for config in found if config["BM"] * config["BN"] < largest]
-    if finish.slope:  # its epilogue leaves no room for the largest tile without TMA
-        found = [config for config in found if config["TMA"] or config["BN"] < 256]
+    if finish.activation == "gelu" or (finish.slope and not found[0]["TMA"]):  # nor with these
+        found = [config for config in found if config["BN"] < 256]
     layout = "NT"[a.transposed] + "NT"[b.transposed]
     epilogue = finish.activation, finish.accumulate, bool(sums), bool(more)
     key = (a.array.dtype, precision, layout, aligned, *map(_rounded, problem[2:]), *epilogue)
