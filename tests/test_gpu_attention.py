@@ -168,6 +168,14 @@ def test_decode_agrees_with_the_maths():
     harness.run(decoded, decode, examples=12)
 
 
+def test_lengths_that_no_cache_has_give_nan():
+    q, k = device(np.ones((5, 2, 1, 16), np.float32)), device(np.ones((5, 2, 6, 16), np.float32))
+    for dtype, outside in ((np.int32, [7, 2**31 - 1, -1]), (np.int64, [7, 2**32 + 1, -(2**40)])):
+        y, _ = decode.decode.forward(q, k, k, device(np.array([0, *outside, 6], dtype)))
+        y = host(y)[:, 0, 0, 0]
+        assert y[0] == 0 and np.isnan(y[1:4]).all() and y[4] == 1
+
+
 # --- planted mistakes -----------------------------------------------------------------------------
 
 MUTANTS = {
@@ -375,7 +383,7 @@ BAD = [
     (lambda: forward(dropout=-0.1), ValueError, "dropout is -0.1"),
     (lambda: forward(dropout=0.1, seed=-1), ValueError, "seed is -1"),
     (lambda: forward(scale=0.0), ValueError, "scale is 0.0"),
-    (lambda: forward(window=3), ValueError, "window is 3, causal False"),
+    (lambda: forward(window=3), ValueError, "window is 3 and causal is False"),
     (lambda: forward(window=0, causal=True), ValueError, "window is 0"),
     (lambda: forward(precision="bf16"), ValueError, "precision is 'bf16'"),
     (lambda: backward(g=(1, 2, 5, 8)), ValueError, "g has shape (1, 2, 5, 8)"),

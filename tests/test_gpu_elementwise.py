@@ -225,7 +225,7 @@ WRONG = [
     (lambda x: elementwise.seeded_dropout.forward(x, p=1.0, seed=0), ValueError, "p is 1.0"),
     (lambda x: elementwise.seeded_dropout.forward(x, p=-0.1, seed=0), ValueError, "p is -0.1"),
     (lambda x: elementwise.seeded_dropout.forward(x, p=0.1, seed=-1), ValueError, "seed is -1"),
-    (lambda x: elementwise.seeded_dropout.forward(x, p=0.1, seed=0.5), ValueError, "seed is 0.5"),
+    (lambda x: elementwise.seeded_dropout.forward(x, p=0.1, seed=0.5), TypeError, "seed is 0.5"),
     (
         lambda x: elementwise.seeded_dropout.forward(x[:, :4], p=0.1, seed=0),
         ValueError,

@@ -197,9 +197,7 @@ IN_PRODUCT = {
     mlp: [Mutant("the slope is 1", "FUNCTION(u, x.to(tl.float32))", "u")],
 }
 IN_LINEAR = {
-    linear_layer: [
-        Mutant("the activation's gradient is g", "activation and any(", "False and any(")
-    ],
+    linear_layer: [Mutant("the activation's gradient is g", "activation and (", "False and (")],
     mlp: [Mutant("the hidden slope is left out", "precision, finish=through", "precision")],
 }
 MUTANTS = [
@@ -268,13 +266,6 @@ BAD = [
         "with b",
     ),
     (
-        lambda: linear.matmul.forward(
-            array(3, 4), array(4, 6), out=np.broadcast_to(array(1, 6), (3, 6))
-        ),
-        ValueError,
-        "its own elements overlap",
-    ),
-    (
         lambda: in_place(lambda w: layer_backward(w=w, into=(None, w))),
         ValueError,
         "into's w shares memory with w",
@@ -314,7 +305,7 @@ BAD = [
             into=(None,),
         ),
         ValueError,
-        "into has 1 entries",
+        "expected a tuple of 2",
     ),
     (
         lambda: linear.linear.vjp(

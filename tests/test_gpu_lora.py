@@ -59,12 +59,12 @@ def frozen(gpu, draw):
 
 CHECKS = {whole: 5, frozen: 3}  # and how often
 MUTANTS = [
-    Mutant("no scale forward", "A, h, Finish(alpha=float(scale))", "A, h, Finish()"),
-    Mutant("no scale backward", "precision, finish=Finish(alpha=float(scale))", "precision"),
+    Mutant("no scale forward", "A, h, Finish(alpha=scale)", "A, h, Finish()"),
+    Mutant("no scale backward", "precision, finish=Finish(alpha=scale)", "precision"),
     Mutant("no update forward", "y, Finish(b), more=more", "y, Finish(b)"),
     Mutant("no update backward", "precision, x_into, more=more", "precision, x_into"),
     Mutant("the bias is left out", "y, Finish(b)", "y, Finish()"),
-    Mutant("B's gradient is not added", "needs[3], w_into=B_into", "needs[3]"),
+    Mutant("B's gradient is not added", "needs_B, w_into=B_into", "needs_B"),
 ]  # fmt: skip
 
 

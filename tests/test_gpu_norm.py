@@ -279,7 +279,7 @@ WRONG = [
     (
         lambda x, w: norm.rms_norm.vjp(x, x, x, w, saved=(x,), needs=(True, True)),
         ValueError,
-        "saved has shape",
+        "saved stats has shape",
     ),
     (lambda x, w: norm.rms_norm.forward(x.tolist(), w), TypeError, "x is a list"),
 ]

@@ -96,7 +96,7 @@ MUTANTS = [
         "y_2.to(y.dtype.element_ty), mask=inside",
         "y_2.to(y.dtype.element_ty), mask=inside & (k < d // 2 - 1)",
     ),
-    Mutant("interleaved is ignored", '"INTERLEAVED": bool(interleaved)', '"INTERLEAVED": False'),
+    Mutant("interleaved is ignored", '"INTERLEAVED": interleaved', '"INTERLEAVED": False'),
 ]
 
 

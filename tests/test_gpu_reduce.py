@@ -180,7 +180,7 @@ def test_a_row_that_is_wider_than_the_registers():
 X = np.ones((3, 8), np.float32)
 WRONG = [
     (lambda x: reduce.softmax.forward(x, axis=0), ValueError, "axis is 0; expected -1"),
-    (lambda x: reduce.logsumexp.forward(x, axis=None), ValueError, "axis is None"),
+    (lambda x: reduce.logsumexp.forward(x, axis=None), TypeError, "axis is None"),
     (lambda x: reduce.softmax.forward(x.astype(np.int64)), TypeError, "x has dtype int64"),
     (lambda x: reduce.log_softmax.forward(x[:, ::2]), ValueError, "last axis of x has stride 2"),
     (lambda x: reduce.softmax.forward(x[:, :0]), ValueError, "at least one element"),
@@ -197,7 +197,7 @@ WRONG = [
     (
         lambda x: reduce.logsumexp.vjp(x[:, 0], x, x, saved=(x[0],), needs=(True,)),
         ValueError,
-        "saved has shape (8,)",
+        "saved y has shape (8,)",
     ),
 ]
 

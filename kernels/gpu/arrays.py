@@ -121,8 +121,13 @@ class NumPyHome:
         return None
 
     def describe(self, x):
-        strides = tuple(s // x.itemsize for s in x.strides)
-        return x.ctypes.data, DTYPES[x.dtype.name], x.shape, strides
+        """(address, dtype, shape, strides). KeyError or ValueError for what kernels cannot read."""
+        if not x.dtype.isnative:
+            raise KeyError(x.dtype)
+        return x.ctypes.data, DTYPES[x.dtype.name], x.shape, _in_elements(x)
+
+    def writable(self, x):
+        return x.flags.writeable
 
     def empty(self, shape, dtype, like):
         return np.empty(shape, _numpy_dtype(dtype))
@@ -146,8 +151,10 @@ class CuPyHome:
         return x.device.id
 
     def describe(self, x):
-        strides = tuple(s // x.itemsize for s in x.strides)
-        return x.data.ptr, DTYPES[x.dtype.name], x.shape, strides
+        return x.data.ptr, DTYPES[x.dtype.name], x.shape, _in_elements(x)
+
+    def writable(self, x):
+        return True
 
     def empty(self, shape, dtype, like):
         return sys.modules["cupy"].empty(shape, _numpy_dtype(dtype))
@@ -171,7 +178,19 @@ class TorchHome:
         return x.device.index
 
     def describe(self, x):
-        return x.data_ptr(), DTYPES[str(x.dtype).rpartition(".")[2]], tuple(x.shape), x.stride()
+        try:
+            plain = not (x.is_meta or x.is_sparse or x.is_nested or x.is_neg() or x.is_conj())
+            address = x.data_ptr() if plain else 0
+        except RuntimeError:  # sparse in another way, inside vmap, fake, ...
+            address = 0
+        if address == 0 and x.numel():
+            raise ValueError(
+                f"a {type(x).__name__} ({x.layout}, {x.device}) without numbers in memory"
+            )
+        return address, DTYPES[str(x.dtype).rpartition(".")[2]], tuple(x.shape), x.stride()
+
+    def writable(self, x):
+        return True
 
     def empty(self, shape, dtype, like):
         return like.new_empty(shape, dtype=getattr(sys.modules["torch"], dtype))
@@ -197,6 +216,9 @@ class AbstractHome:
     def describe(self, x):
         strides = x.strides or tuple(math.prod(x.shape[i + 1 :]) for i in range(len(x.shape)))
         return 0, DTYPES[x.dtype], x.shape, strides
+
+    def writable(self, x):
+        return True
 
     def empty(self, shape, dtype, like):
         return Abstract(shape, dtype)
@@ -230,6 +252,13 @@ _HOMES = {home.module: home() for home in (NumPyHome, CuPyHome, TorchHome)}
 _ABSTRACT = AbstractHome()
 
 
+def _in_elements(x):
+    """The strides of an array of NumPy or CuPy."""
+    if any(stride % x.itemsize for stride in x.strides):
+        raise ValueError(f"strides of {x.strides} bytes, which is no whole number of elements")
+    return tuple(stride // x.itemsize for stride in x.strides)
+
+
 def _numpy_dtype(name):
     if name == "bfloat16":
         import ml_dtypes
@@ -256,8 +285,10 @@ def array(x, name, dtypes=FLOATS, ndim=None):
         )
     try:
         found = Array(x, home)
-    except KeyError as error:
-        raise TypeError(f"{name} has dtype {x.dtype}; expected {_either(dtypes)}") from error
+    except KeyError:
+        raise TypeError(f"{name} has dtype {x.dtype}; expected {_either(dtypes)}") from None
+    except ValueError as error:
+        raise ValueError(f"{name} has {error}: make a contiguous copy") from None
     if found.dtype not in dtypes:
         raise TypeError(f"{name} has dtype {found.dtype}; expected {_either(dtypes)}")
     if ndim is not None and found.ndim != ndim:
@@ -267,25 +298,39 @@ def array(x, name, dtypes=FLOATS, ndim=None):
 
 def _at_home(x, name):
     """(x or a view of it, its home)."""
-    module = type(x).__module__.partition(".")[0]
-    if module == "numpy" and hasattr(x, "ctypes"):
+    if isinstance(x, np.ndarray):
         if not driver.INTERPRETED:
             raise TypeError(
                 f"{name} is a NumPy array: the GPU's kernels take CuPy arrays or PyTorch tensors; "
                 "NumPy arrays are for TRITON_INTERPRET=1"
             )
-        return x, _HOMES["numpy"]
+        if isinstance(x, np.ma.MaskedArray):
+            raise TypeError(f"{name} is a masked array; expected a plain one: use {name}.filled(0)")
+        return x if type(x) is np.ndarray else x.view(np.ndarray), _HOMES["numpy"]
     if isinstance(x, Abstract):
         if not driver.compiles():
             raise TypeError(f"{name} has no memory: Abstract arrays are for driver.compiling()")
         return x, _ABSTRACT
-    if module == "torch" and hasattr(x, "data_ptr"):
+    if "torch" in sys.modules and isinstance(x, sys.modules["torch"].Tensor):
         if not driver.INTERPRETED and x.device.type != "cuda":
             raise TypeError(f"{name} is on {x.device}; move it to the GPU with .cuda()")
         return x, _HOMES["torch"]
-    if module == "cupy" and hasattr(x, "data"):
+    if "cupy" in sys.modules and isinstance(x, sys.modules["cupy"].ndarray):
         return x, _HOMES["cupy"]
+    if driver.INTERPRETED:
+        return _as_numpy(x, name), _HOMES["numpy"]
     return _as_cupy(x, name), _HOMES["cupy"]
+
+
+def _as_numpy(x, name):
+    """A view of an array of another library, for the interpreter."""
+    try:
+        return np.from_dlpack(x)
+    except Exception as error:  # no such protocol, memory of a GPU, a dtype that NumPy lacks
+        raise TypeError(
+            f"{name} is a {type(x).__name__}; expected an array of NumPy or PyTorch on the host "
+            f"({error})"
+        ) from None
 
 
 def _as_cupy(x, name):
@@ -302,108 +347,6 @@ def _as_cupy(x, name):
         return cupy.asarray(x) if hasattr(x, "__cuda_array_interface__") else cupy.from_dlpack(x)
     except Exception as error:  # memory of the host, a dtype that CuPy lacks, no GPU
         raise TypeError(f"{name} cannot be read by CuPy: {error}") from error
-
-
-# --- what kernels demand --------------------------------------------------------------------------
-
-
-def same(kind, **named):
-    """ValueError unless all arrays agree in `kind`: "dtype" or "shape"; TypeError for dtypes."""
-    (first, a), *others = named.items()
-    for name, b in others:
-        if getattr(a, kind) != getattr(b, kind):
-            error = TypeError if kind == "dtype" else ValueError
-            mine, other = getattr(a, kind), getattr(b, kind)
-            raise error(f"{name} has {kind} {other}; expected {mine}, as {first} has")
-
-
-def shaped(x, name, shape):
-    """ValueError unless x has that shape."""
-    if x.shape != tuple(shape):
-        raise ValueError(f"{name} has shape {x.shape}; expected {tuple(shape)}")
-
-
-def inner_contiguous(**named):
-    """ValueError unless the last axis of each array is contiguous."""
-    for name, x in named.items():
-        if x.ndim and x.shape[-1] > 1 and x.strides[-1] != 1:
-            raise ValueError(
-                f"the last axis of {name} has stride {x.strides[-1]}; expected 1: make {name} "
-                "contiguous first"
-            )
-
-
-def apart(out, name, **inputs):
-    """ValueError unless each element of an array that is written to is in a place of its own, and
-    none of them is an input's. Inputs that are None are left out.
-    """
-    reach = 0  # of the axes with smaller steps
-    for step, length in sorted(zip(map(abs, out.strides), out.shape)):
-        if length > 1 and step <= reach:
-            raise ValueError(f"{name} has strides {out.strides}: its own elements overlap")
-        reach += (length - 1) * step
-    for other, x in inputs.items():
-        if x is not None and not driver.compiles() and _overlap(out, x):
-            raise ValueError(f"{name} shares memory with {other}: give it memory of its own")
-
-
-def _overlap(x, y):
-    """Whether two arrays have an element in common. NumPy answers that from addresses and strides,
-    without reading; where it would take long, the answer is yes.
-    """
-    (begin, end), (first, last) = _extent(x), _extent(y)
-    if end <= first or last <= begin:
-        return False
-    try:
-        return np.shares_memory(np.asarray(_Place(x)), np.asarray(_Place(y)), max_work=10**4)
-    except np.exceptions.TooHardError:
-        return True
-
-
-def _extent(x):
-    """The first byte of an array, and the first one after it."""
-    steps = [(length - 1) * stride for length, stride in zip(x.shape, x.strides)]
-    below, above = sum(s for s in steps if s < 0), sum(s for s in steps if s > 0)
-    return x.address + below * x.dtype.itemsize, x.address + (above + 1) * x.dtype.itemsize
-
-
-class _Place:
-    """Where an Array lies, in the form that NumPy takes."""
-
-    def __init__(self, x):
-        self.__array_interface__ = {
-            "version": 3,
-            "data": (x.address, True),
-            "shape": x.shape,
-            "strides": tuple(stride * x.dtype.itemsize for stride in x.strides),
-            "typestr": f"|V{x.dtype.itemsize}",
-        }
-
-
-def not_empty(**named):
-    """ValueError if an array has no elements."""
-    for name, x in named.items():
-        if x.size == 0:
-            raise ValueError(f"{name} has shape {x.shape}; expected at least one element")
-
-
-def rows(x, name):
-    """(number of rows, elements from one row to the next) of an array seen as a matrix: all axes
-    but the last make up the rows. ValueError unless that works without a copy.
-    """
-    if x.ndim == 0:
-        raise ValueError(f"{name} has shape (); expected at least one axis")
-    inner_contiguous(**{name: x})
-    count, stride = 1, None
-    for length, step in reversed(list(zip(x.shape[:-1], x.strides[:-1]))):
-        if length == 1:
-            continue
-        if stride is None:
-            stride = step
-        elif step != count * stride:
-            raise ValueError(f"the rows of {name} are not evenly spaced: make it contiguous first")
-        count *= length
-    return count, x.shape[-1] if stride is None else stride
 
 
 # --- sizes ----------------------------------------------------------------------------------------

@@ -28,18 +28,20 @@ import triton
 import triton.language as tl
 
 from . import driver, tuning
-from .arrays import (
-    IDS,
-    Array,
-    apart,
-    array,
-    cdiv,
+from .arguments import (
+    flag,
     inner_contiguous,
-    next_power_of_2,
+    integer,
+    kept,
+    needed,
     not_empty,
+    number,
+    one_of,
     same,
     shaped,
+    writable,
 )
+from .arrays import IDS, Array, array, cdiv, next_power_of_2
 from .driver import launch
 
 KERNELS = ("attention",)
@@ -543,25 +545,34 @@ def _checked(
                 f"segments need as many keys as queries, not {k.shape[-2]} and {q.shape[-2]}"
             )
         shaped(segments, "segments", (*q.shape[:-3], q.shape[-2]))
-    if window is not None and not (causal and window >= 1):
+    causal, window, scale = flag(causal, "causal"), _window(window), _scale(scale, q)
+    if window is not None and not causal:
         raise ValueError(
-            f"window is {window}, causal {causal}; expected None, or with causal=True a number of "
-            "keys from 1 on"
+            f"window is {window} and causal is False; expected a window with causal=True"
         )
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale is {scale}; expected a positive number: for others scale q first")
-    _check_dropout(dropout, seed)
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
-    return _Call(q, k, v, segments, bool(causal), scale, window, dropout, seed, precision)
+    dropout, seed = _dropout(dropout, seed)
+    one_of(precision, "precision", PRECISIONS)
+    return _Call(q, k, v, segments, causal, scale, window, dropout, seed, precision)
 
 
-def _check_dropout(dropout, seed):
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout is {dropout}; expected a probability in [0, 1)")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed}; expected an integer from 0 to 2⁶³ - 1")
+def _window(window):
+    """A longer one than any sequence is as good as the longest."""
+    if window is None:
+        return None
+    return min(integer(window, "window", 1, expected="None or a number of keys from 1 on"), _FAR)
+
+
+def _scale(scale, q):
+    if scale is None:
+        return 1 / math.sqrt(q.shape[-1])
+    expected = "a positive number: for others scale q first"
+    return number(scale, "scale", lambda scale: 0 < scale < math.inf, expected)
+
+
+def _dropout(dropout, seed):
+    expected = "a probability in [0, 1)"
+    dropout = number(dropout, "dropout", lambda p: 0 <= p < 1, expected)
+    return dropout, integer(seed, "seed", 0)
 
 
 def _refuse_masks(M, B, D):
@@ -636,22 +647,22 @@ class attention:
         """Gradients of q, k and v, written to the arrays `out` where given: views of the gradient
         of one (B, T, 3, H, d), say.
         """
-        call = _checked(q, k, v, M, B, D, **attributes)
-        g, y, L = array(g, "g"), array(y, "y"), array(saved[0], "saved L", ("float32",))
+        wanted, call = needed(needs, 6), _checked(q, k, v, M, B, D, **attributes)
+        g, y = array(g, "g"), array(y, "y")
         same("dtype", q=call.q, g=g, y=y)
         shaped(g, "g", (*call.q.shape[:-1], call.v.shape[-1]))
         shaped(y, "y", g.shape)
-        shaped(L, "saved L", g.shape[:-1])
+        (L,) = kept(saved, L=(g.shape[:-1], "float32"))
         inner_contiguous(g=g, y=y)
-        q_bar, k_bar, v_bar = _targets(out, needs, call, g, y)
+        q_bar, k_bar, v_bar = _targets(out, wanted, call, g, y)
         delta = _delta(call, g, y)
         given = *_with_strides(g), *call.operands, L, delta
-        if needs[0]:
+        if wanted[0]:
             call.launch(_attention_vjp_queries, "BT", *given, *_with_strides(q_bar))
-        if needs[1] or needs[2]:
+        if wanted[1] or wanted[2]:
             call.launch(_attention_vjp_keys, "BN", *given, *_with_strides(k_bar, v_bar))
-        bars = [x.data if need else None for x, need in zip((q_bar, k_bar, v_bar), needs)]
-        return *bars, None, None, None
+        bars = [x.data if need else None for x, need in zip((q_bar, k_bar, v_bar), wanted)]
+        return (*bars, None, None, None)[: len(needs)]
 
     @staticmethod
     def keep(q, k, *, dropout, seed):
@@ -659,7 +670,9 @@ class attention:
         by 1 - p.
         """
         q, k = array(q, "q"), array(k, "k")
-        _check_dropout(dropout, seed)
+        not_empty(q=q, k=k)
+        _check_shapes(q, k, k)
+        dropout, seed = _dropout(dropout, seed)
         T, n, heads, BT, BN = q.shape[-2], k.shape[-2], math.prod(q.shape[:-2]), 32, 128
         keep = q.empty((*q.shape[:-1], n), "int8")
         grid = (heads, cdiv(T, BT), cdiv(n, BN))
@@ -669,6 +682,8 @@ class attention:
 
 def _targets(out, needs, call, g, y):
     """Where the gradients of q, k and v go."""
+    if not isinstance(out, tuple | list) or len(out) != 3:
+        raise ValueError(f"out is {out!r}; expected three arrays or None: for q, k and v")
     taken, found = {"q": call.q, "k": call.k, "v": call.v, "g": g, "y": y}, []
     for name, to, need in zip("qkv", out, needs):
         x = taken[name]
@@ -679,7 +694,7 @@ def _targets(out, needs, call, g, y):
         to = array(to, name, (x.dtype,))
         shaped(to, name, x.shape)
         inner_contiguous(**{name: to})
-        apart(to, name, **taken)
+        writable(to, name, **taken)
         taken[name] = to
         found.append(to)
     return found

@@ -12,20 +12,21 @@ How many parts there are depends on shapes only, and lengths stay on the device:
 captured in a CUDA graph, and gives the same bits every time.
 """
 
-import math
-
 import triton
 import triton.language as tl
 
 from . import driver, tuning
-from .arrays import IDS, array, cdiv, inner_contiguous, next_power_of_2, not_empty, same, shaped
+from .arguments import inner_contiguous, not_empty, one_of, same, shaped
+from .arrays import IDS, array, cdiv, next_power_of_2
 from .attention import (
     PRECISIONS,
     _check_shapes,
     _head,
     _load,
     _padded,
+    _scale,
     _side_by_side,
+    _window,
     _with_strides,
 )
 from .driver import launch
@@ -57,7 +58,8 @@ def _decode_part(
     there = q + tl.cast(b, tl.int64) * at_q[0] + (h.to(tl.int64) * at_q[1] + t * at_q[2])[:, None]
     q_i = tl.load(there + columns, mask=exists[:, None] & (columns < D), other=0.0)
 
-    length = tl.minimum(tl.maximum(tl.load(lengths + b).to(tl.int32), 0), n)
+    given = tl.load(lengths + b)
+    length = tl.minimum(tl.maximum(given, 0), n).to(tl.int32)
     upper = t + length - T + 1  # query t sees keys j < upper, and j ≥ upper - window
     begin = tl.maximum(length - T + 1 - window, 0) // BN * BN if WINDOW else 0
     part = tl.cdiv(tl.cdiv(length - begin, BN), splits) * BN
@@ -83,7 +85,8 @@ def _decode_part(
         m = m_new
     l_or_1 = tl.where(l == 0, 1.0, l)
     row = ((tl.cast(s, tl.int64) * B + b) * H + h) * T + t
-    tl.store(L + row, m + tl.log2(l_or_1), mask=exists)  # -∞ if no key was seen
+    L_i = m + tl.log2(l_or_1)  # -∞ if no key was seen
+    tl.store(L + row, tl.where(given == length, L_i, float("nan")), mask=exists)
     columns = tl.arange(0, BE)[None, :]
     mask = exists[:, None] & (columns < E)
     tl.store(parts + row[:, None] * E + columns, y_i / l_or_1[:, None], mask=mask)
@@ -133,7 +136,7 @@ def _splits(programs, n, BN):
 
 
 def _checked(q, k, v, lengths, scale, window, precision):
-    """The Arrays and the scale, if they fit. TypeError or ValueError if not."""
+    """The Arrays, the scale and the window, if they fit. TypeError or ValueError if not."""
     q, k, v = array(q, "q"), array(k, "k"), array(v, "v")
     lengths = array(lengths, "lengths", IDS)
     same("dtype", q=q, k=k, v=v)
@@ -147,14 +150,8 @@ def _checked(q, k, v, lengths, scale, window, precision):
         raise ValueError(
             f"{q.shape[2]} queries of a sequence; expected {MOST_QUERIES} at most: use attention"
         )
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}; expected None or a number of keys from 1 on")
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale is {scale}; expected a positive number: for others scale q first")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
-    return q, k, v, lengths, scale
+    one_of(precision, "precision", PRECISIONS)
+    return q, k, v, lengths, _scale(scale, q), _window(window)
 
 
 class decode:
@@ -163,12 +160,13 @@ class decode:
 
     q (B, H, T, d), k (B, H_k, n, d), v (B, H_k, n, e), lengths (B,) integers -> y (B, H, T, e).
     Query t sees keys j ≤ t + lengths[b] - T; heads, strides, scale, window and precision are as in
-    attention. What lies in the cache beyond lengths[b] is not read. No gradient.
+    attention. What lies in the cache beyond lengths[b] is not read. A length that is not in 0..n
+    cannot be reported without waiting for the device: it makes y of its sequence NaN. No gradient.
     """
 
     @staticmethod
     def forward(q, k, v, lengths, *, scale=None, window=None, precision="ieee"):
-        q, k, v, lengths, scale = _checked(q, k, v, lengths, scale, window, precision)
+        q, k, v, lengths, scale, window = _checked(q, k, v, lengths, scale, window, precision)
         (B, H, T, d), (_, H_k, n, e) = q.shape, v.shape
         y, R = _side_by_side(q, e), H // H_k
         precision = precision if q.dtype.itemsize == 4 else "ieee"

@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 
+import numpy as np
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver as _triton_driver
@@ -24,6 +25,15 @@ from . import interpreter
 
 INTERPRETED = triton.knobs.runtime.interpret
 OLDEST = 80  # compute capability 8.0: bfloat16 and asynchronous copies
+MULTIPROCESSORS = {
+    80: 108,
+    86: 84,
+    89: 128,
+    90: 132,
+    100: 148,
+    103: 160,
+    120: 170,
+}  # largest chip's
 _FLUSH = 256 << 20  # bytes: more than any L2 cache, so that writing them empties it
 _FLUSHES = 8  # keep the GPU busy for half a millisecond, in which the host gets ahead of it
 _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -55,7 +65,8 @@ def launch(kernel, grid, *arguments, **options):
     """
     follow(arguments)
     if INTERPRETED:
-        return kernel[grid](*arguments, **options)
+        with np.errstate(all="ignore"):  # NumPy warns of what a GPU does without a word
+            return kernel[grid](*arguments, **options)
     options.setdefault("enable_fp_fusion", True)  # Triton 3.9 warns if nobody says
     if _state.chip is None:
         capability()  # refuses a GPU that is too old
@@ -89,6 +100,7 @@ def compiling(capability):
     """
     if INTERPRETED:
         raise RuntimeError("the interpreter cannot compile: start again without TRITON_INTERPRET")
+    _known(capability, "capability")
     before = _state.chip, _state.compiled
     _state.chip, _state.compiled = capability, []
     try:
@@ -102,8 +114,25 @@ def capability():
     if _state.chip is not None:
         return _state.chip
     if INTERPRETED:
-        return int(os.environ.get("TINYGRAD_LLM_CAPABILITY", "90"))
+        return _pretended()
     return _checked(_device_library().capability())
+
+
+def _known(capability, name):
+    """ValueError unless it is the compute capability of a chip that kernels can be compiled for."""
+    if isinstance(capability, bool) or capability not in MULTIPROCESSORS:
+        raise ValueError(
+            f"{name} is {capability!r}; expected one of {', '.join(map(str, MULTIPROCESSORS))}"
+        )
+    return capability
+
+
+@functools.cache
+def _pretended():
+    """What the interpreter takes the chip for."""
+    name = "TINYGRAD_LLM_CAPABILITY"
+    found = os.environ.get(name, "90")
+    return _known(int(found) if found.isdecimal() else found, name)
 
 
 def compiles():
@@ -124,7 +153,7 @@ def device():
 def multiprocessors():
     """How many multiprocessors (SMs) the GPU has: the size of a persistent grid."""
     if _state.chip is not None or INTERPRETED:
-        return {80: 108, 86: 84, 89: 128, 90: 132, 100: 148}.get(capability(), 108)
+        return MULTIPROCESSORS[capability()]
     return _device_library().multiprocessors()
 
 

@@ -7,7 +7,8 @@ a[:, :n] of a wider matrix; this is as fast if the rows have a thousand elements
 import triton
 import triton.language as tl
 
-from .arrays import array, cdiv, next_power_of_2, not_empty, rows, same
+from .arguments import integer, needed, not_empty, number, rows, same
+from .arrays import array, cdiv, next_power_of_2
 from .driver import launch
 from .tuning import configuration
 
@@ -129,7 +130,7 @@ class _Activation:
 
     @classmethod
     def vjp(cls, g, y, x, *, saved, needs):
-        if not needs[0]:
+        if needed(needs, 1) == (False,):
             return (None,)
         g, x = array(g, "g"), array(x, "x")
         count, n, strides = _as_rows(x=x, g=g)
@@ -229,11 +230,11 @@ class silu_multiply:
         g, a, b = array(g, "g"), array(a, "a"), array(b, "b")
         same("dtype", a=a, b=b)
         count, n, (stride_a, stride_b, stride_g) = _as_rows(a=a, b=b, g=g)
-        a_bar, b_bar = (a.empty(a.shape) if needed else None for needed in needs)
-        if any(needs):
+        a_bar, b_bar = (a.empty(a.shape) if need else None for need in needed(needs, 2))
+        if a_bar or b_bar:
             arrays, strides = (g, a, b, a_bar, b_bar), (stride_g, stride_a, stride_b)
             _launch("silu_multiply vjp", _silu_multiply_vjp, arrays, strides, count, n)
-        return tuple(None if bar is None else bar.data for bar in (a_bar, b_bar))
+        return tuple(None if bar is None else bar.data for bar in (a_bar, b_bar))[: len(needs)]
 
 
 # --- dropout --------------------------------------------------------------------------------------
@@ -268,7 +269,7 @@ class seeded_dropout:
 
     @staticmethod
     def vjp(g, y, x, *, p, seed, saved, needs):
-        return (_dropped(g, "g", p, seed) if needs[0] else None,)
+        return (None,) if needed(needs, 1) == (False,) else (_dropped(g, "g", p, seed),)
 
 
 def _dropped(x, name, p, seed):
@@ -276,15 +277,13 @@ def _dropped(x, name, p, seed):
     count, n, _ = _as_rows(**{name: x})
     if count > 1:
         raise ValueError(f"{name} has rows that lie apart: make it contiguous first")
-    if not 0 <= p < 1:
-        raise ValueError(f"p is {p!r}; expected a probability, 0 <= p < 1")
-    if not (isinstance(seed, int) and 0 <= seed < 2**63):
-        raise ValueError(f"seed is {seed!r}; expected an integer, 0 <= seed < 2**63")
+    p = number(p, "p", lambda p: 0 <= p < 1, "a probability in [0, 1)")
+    seed = integer(seed, "seed", 0)
     y = x.empty(x.shape)
 
     def run(config):
         grid = (cdiv(n, config["BLOCK"]),)
-        launch(_dropout, grid, x, y, n, float(p), 1 / (1 - p), seed, **config)
+        launch(_dropout, grid, x, y, n, p, 1 / (1 - p), seed, **config)
 
     run(configuration("dropout", (x.dtype,), _blocks(x.dtype)[0], lambda: _blocks(x.dtype), run))
     return y.data

@@ -3,7 +3,19 @@
 import math
 from dataclasses import replace
 
-from .arrays import apart, array, inner_contiguous, not_empty, rows, same, shaped
+from .arguments import (
+    flag,
+    inner_contiguous,
+    kept,
+    needed,
+    not_empty,
+    one_of,
+    rows,
+    same,
+    shaped,
+    writable,
+)
+from .arrays import array
 from .elementwise import ACTIVATIONS
 from .matrices import batch_of, broadcast, matrix, row_matrix, rows_merged
 from .product import AS_IT_IS, Finish, add_up, multiply
@@ -31,6 +43,7 @@ class matmul:
         a, b = _operands(a, b, precision)
         batch = batch_of(a, b)
         shape = (*batch, a.shape[-2], b.shape[-1])
+        accumulate = flag(accumulate, "accumulate")
         if out is None and accumulate:
             raise ValueError("accumulate adds to `out`, which is not given")
         y = a.array.empty(shape) if out is None else _out(out, shape, a, b)
@@ -42,18 +55,18 @@ class matmul:
     @staticmethod
     def vjp(g, y, a, b, *, saved, needs, precision="ieee", out=None, accumulate=False, into=None):
         """Gradients of a and b, added to those of the tuple `into` that are arrays."""
-        a, b = _operands(a, b, precision)
+        wanted, (a, b) = needed(needs, 2), _operands(a, b, precision)
         g = array(g, "g")
         same("dtype", a=a.array, g=g)
         shaped(g, "g", (*batch_of(a, b), a.shape[-2], b.shape[-1]))
         g = matrix(g, "g")
         into = targets(into, needs, g.array, a=a.array, b=b.array)
         a_bar = b_bar = None
-        if needs[0]:  # ā = g bᵀ
+        if wanted[0]:  # ā = g bᵀ
             a_bar = _summed(g, b.T, a.array, into[0], precision)
-        if needs[1]:  # b̄ = aᵀ g
+        if wanted[1]:  # b̄ = aᵀ g
             b_bar = _summed(a.T, g, b.array, into[1], precision)
-        return a_bar, b_bar
+        return (a_bar, b_bar)[: len(needs)]
 
 
 def _out(out, shape, a, b):
@@ -61,7 +74,7 @@ def _out(out, shape, a, b):
     out = array(out, "out")
     shaped(out, "out", shape)
     inner_contiguous(out=out)
-    apart(out, "out", a=a.array, b=b.array)
+    writable(out, "out", a=a.array, b=b.array)
     return out
 
 
@@ -116,7 +129,7 @@ class linear:
     def forward(x, w, b=None, residual=None, *, activation=None, precision="ieee"):
         x, w, b = _linear_arguments(x, w, b, activation, precision)
         residual = _residual(residual, x, w)
-        y = x.empty((*x.shape[:-1], w.shape[0]))
+        y = x.empty(product_shape(x, w))
         pre = y.empty(y.shape) if activation else None
         finish = Finish(b, activation, pre and row_matrix(pre, "pre"), residual=residual)
         apply_weight(x, w, y, finish, precision=precision)
@@ -131,15 +144,15 @@ class linear:
         g itself; the others are added to the arrays of the tuple `into`, which has as many entries.
         """
         x, w, b = _linear_arguments(x, w, b, activation, precision)
+        needs_x, needs_w, needs_b, needs_residual = needed(needs, 4)
+        pre = kept(saved, u=(product_shape(x, w), x.dtype)) if activation else kept(saved)
         u_bar = output_gradient(g, x, w)
         x_into, w_into, b_into, _ = targets(into, needs, u_bar, x=x, w=w, b=b, residual=None)
-        if activation and any(needs[:3]):
-            u_bar = _activation_gradient(u_bar, array(saved[0], "saved"), activation)
-        x_bar = input_gradient(u_bar, w, x, precision, x_into) if needs[0] else None
-        w_bar, b_bar = weight_gradients(
-            u_bar, x, w, b, precision, needs[1], any(needs[2:3]) and b is not None, w_into, b_into
-        )
-        return (x_bar, w_bar, b_bar, g if any(needs[3:]) else None)[: len(needs)]
+        if activation and (needs_x or needs_w or needs_b):
+            u_bar = _activation_gradient(u_bar, *pre, activation)
+        x_bar = input_gradient(u_bar, w, x, precision, x_into) if needs_x else None
+        w_bar, b_bar = weight_gradients(u_bar, x, w, b, precision, needs_w, needs_b, w_into, b_into)
+        return (x_bar, w_bar, b_bar, g if needs_residual else None)[: len(needs)]
 
 
 class mlp:
@@ -158,8 +171,8 @@ class mlp:
     ):  # fmt: skip
         x, up, b, down, c = _mlp_arguments(x, up, b, down, c, activation, precision)
         residual = _residual(residual, x, down)
-        u, h = (x.empty((*x.shape[:-1], up.shape[0])) for _ in range(2))
-        y = x.empty((*x.shape[:-1], down.shape[0]))
+        u, h = (x.empty(product_shape(x, up)) for _ in range(2))
+        y = x.empty(product_shape(x, down))
         apply_weight(x, up, h, Finish(b, activation, row_matrix(u, "u")), precision=precision)
         apply_weight(h, down, y, Finish(c, residual=residual), precision=precision)
         return y.data, (u.data, h.data)
@@ -171,23 +184,25 @@ class mlp:
     ):  # fmt: skip
         """The gradients of as many arguments as `needs` has entries, as linear.vjp gives them."""
         x, up, b, down, c = _mlp_arguments(x, up, b, down, c, activation, precision)
-        u, h = array(saved[0], "u"), array(saved[1], "h")
+        needs_x, needs_up, needs_b, needs_down, needs_c, needs_residual = needed(needs, 6)
+        hidden = product_shape(x, up), x.dtype
+        u, h = kept(saved, u=hidden, h=hidden)
         y_bar = output_gradient(g, x, down)
         x_into, up_into, b_into, down_into, c_into, _ = targets(
             into, needs, y_bar, x=x, up=up, b=b, down=down, c=c, residual=None
         )
         down_bar, c_bar = weight_gradients(
-            y_bar, h, down, c, precision, needs[3], needs[4], down_into, c_into
+            y_bar, h, down, c, precision, needs_down, needs_c, down_into, c_into
         )
         x_bar = up_bar = b_bar = None
-        if any(needs[:3]):  # ū = (ȳ down) ⊙ activation'(u)
+        if needs_x or needs_up or needs_b:  # ū = (ȳ down) ⊙ activation'(u)
             through = Finish(activation=activation, slope=row_matrix(u, "u"))
             u_bar = array(input_gradient(y_bar, down, u, precision, finish=through), "ū")
-            x_bar = input_gradient(u_bar, up, x, precision, x_into) if needs[0] else None
+            x_bar = input_gradient(u_bar, up, x, precision, x_into) if needs_x else None
             up_bar, b_bar = weight_gradients(
-                u_bar, x, up, b, precision, needs[1], needs[2], up_into, b_into
+                u_bar, x, up, b, precision, needs_up, needs_b, up_into, b_into
             )
-        given = g if any(needs[5:]) else None
+        given = g if needs_residual else None
         return (x_bar, up_bar, b_bar, down_bar, c_bar, given)[: len(needs)]
 
 
@@ -213,6 +228,7 @@ def weight_gradients(
     u_bar, x, w, b, precision, needs_w, needs_b=False, w_into=None, b_into=None
 ):  # fmt: skip
     """w̄ = ūᵀ x and b̄ = ūᵀ 1, of which one reading of ū gives both."""
+    needs_b = needs_b and b is not None
     if not (needs_w or needs_b):
         return None, None
     a, x = row_matrix(u_bar, "ū").T, row_matrix(x, "x")
@@ -238,12 +254,6 @@ def _activation_gradient(g, u, activation):
 
 
 # --- what arguments have to be --------------------------------------------------------------------
-
-
-def one_of(value, name, choices):
-    """ValueError unless the attribute is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
 
 
 def weight(w, name, b, b_name, x, k):
@@ -291,16 +301,21 @@ def _residual(residual, x, w):
     if residual is None:
         return None
     residual = array(residual, "residual")
-    shaped(residual, "residual", (*x.shape[:-1], w.shape[0]))
+    shaped(residual, "residual", product_shape(x, w))
     same("dtype", x=x, residual=residual)
     return row_matrix(residual, "residual")
+
+
+def product_shape(x, w):
+    """The shape of x wᵀ."""
+    return (*x.shape[:-1], w.shape[0])
 
 
 def output_gradient(g, x, w):
     """g as an Array, of the shape of x wᵀ."""
     g = array(g, "g")
     same("dtype", x=x, g=g)
-    shaped(g, "g", (*x.shape[:-1], w.shape[0]))
+    shaped(g, "g", product_shape(x, w))
     rows(g, "g")
     return g
 
@@ -315,8 +330,8 @@ def targets(into, needs, g, **arguments):
     found = [None] * len(arguments)
     if into is None:
         return found
-    if len(into) != len(needs):
-        raise ValueError(f"into has {len(into)} entries; expected {len(needs)}, as needs has")
+    if not isinstance(into, tuple | list) or len(into) != len(needs):
+        raise ValueError(f"into is {into!r}; expected a tuple of {len(needs)} arrays and None")
     for i, (target, (name, x)) in enumerate(zip(into, arguments.items())):
         if target is None:
             continue
@@ -325,5 +340,5 @@ def targets(into, needs, g, **arguments):
         found[i] = array(target, f"into's {name}")
         shaped(found[i], f"into's {name}", x.shape)
         rows(found[i], f"into's {name}")
-        apart(found[i], f"into's {name}", g=g, **arguments)
+        writable(found[i], f"into's {name}", g=g, **arguments)
     return found

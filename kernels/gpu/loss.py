@@ -18,17 +18,19 @@ import triton
 import triton.language as tl
 
 from . import driver, tuning
-from .arrays import (
-    IDS,
-    array,
-    cdiv,
+from .arguments import (
+    flag,
     inner_contiguous,
-    next_power_of_2,
+    integer,
+    kept,
+    needed,
     not_empty,
     rows,
     same,
     shaped,
+    writable,
 )
+from .arrays import IDS, array, cdiv, next_power_of_2
 from .driver import launch
 from .linear import matmul
 
@@ -194,7 +196,7 @@ class cross_entropy:
 
     @staticmethod
     def forward(x, t, *, ignore_index=-100, in_place=False):
-        x, t, _ = _logits(x, t, in_place)
+        x, t, _, ignore_index, in_place = _logits(x, t, ignore_index, in_place)
         (n, v), N = x.shape, _rows_that_count(t, ignore_index)
         losses = x.empty((n,), "float32")
         L = losses if in_place else x.empty((n,), "float32")
@@ -212,15 +214,18 @@ class cross_entropy:
 
     @staticmethod
     def vjp(g, y, x, t, *, ignore_index=-100, in_place=False, saved, needs):
-        x, t, stride = _logits(x, t, in_place)
-        if not needs[0]:
-            return None, None
+        x, t, stride, ignore_index, in_place = _logits(x, t, ignore_index, in_place)
+        if in_place:
+            (N,), L = kept(saved, N=((), "float32")), None
+        else:
+            L, N = kept(saved, L=(x.shape[:1], "float32"), N=((), "float32"))
+        if not needed(needs, 2)[0]:
+            return (None, None)[: len(needs)]
         if in_place:
             if not (isinstance(g, numbers.Real) and g == 1):
                 _scale_rows(x, _factor(g, x), stride)
-            return x.data, None
-        g = _factor(g, x)
-        (n, v), (L, N) = x.shape, (array(s, "saved", ("float32",)) for s in saved)
+            return (x.data, None)[: len(needs)]
+        g, (n, v) = _factor(g, x), x.shape
         x_bar = x.empty((n, _width(v)))
 
         def run(c):
@@ -231,7 +236,8 @@ class cross_entropy:
             )
 
         run(_tiles("cross_entropy_vjp", x, False, run))
-        return x_bar.data if x_bar.shape == x.shape else x_bar.data[:, :v], None
+        x_bar = x_bar if x_bar.shape == x.shape else x_bar[:, :v]
+        return (x_bar.data, None)[: len(needs)]
 
 
 class linear_cross_entropy:
@@ -253,7 +259,7 @@ class linear_cross_entropy:
 
     @staticmethod
     def forward(h, w, t, *, ignore_index=-100, chunk=None, gradients=True):
-        h, w, t = _hidden(h, w, t, chunk)
+        h, w, t, ignore_index = _hidden(h, w, t, ignore_index, chunk, gradients)
         (n, c), v = h.shape, w.shape[0]
         step = min(n, _chunk(n, v, h.dtype.itemsize) if chunk is None else chunk)
         N, losses = _rows_that_count(t, ignore_index), h.empty((n,), "float32")
@@ -280,20 +286,26 @@ class linear_cross_entropy:
 
     @staticmethod
     def vjp(g, y, h, w, t, *, ignore_index=-100, chunk=None, gradients=True, saved, needs):
-        h, w, t = _hidden(h, w, t, chunk)
-        g = _factor(g, h)
-        if not gradients:
+        h, w, t, _ = _hidden(h, w, t, ignore_index, chunk, gradients)
+        if not gradients or not saved or saved[0] is None:
             raise ValueError("forward was called with gradients=False; there is none to give")
-        *sums, N = (array(s, "saved") for s in saved)
-        found = [_times(x, g, N, h.dtype).data if need else None for x, need in zip(sums, needs)]
-        return *found, None
+        h_bar, w_bar, N = kept(
+            saved, h=(h.shape, h.dtype), w=(w.shape, "float32"), N=((), "float32")
+        )
+        g, wanted = _factor(g, h), needed(needs, 3)
+        found = [
+            _times(x, g, N, h.dtype).data if need else None
+            for x, need in zip((h_bar, w_bar), wanted)
+        ]
+        return (*found, None)[: len(needs)]
 
 
 # --- what they share ------------------------------------------------------------------------------
 
 
-def _logits(x, t, in_place):
-    """(x, t, elements from one row of x to the next)."""
+def _logits(x, t, ignore_index, in_place):
+    """(x, t, elements from one row of x to the next, ignore_index, in_place)."""
+    in_place = flag(in_place, "in_place")
     x, t = array(x, "x", ndim=2), array(t, "t", IDS, ndim=1)
     not_empty(x=x)
     shaped(t, "t", x.shape[:1])
@@ -301,21 +313,26 @@ def _logits(x, t, in_place):
     if in_place and x.dtype == "float16":
         raise TypeError("x has dtype float16; in_place=True takes float32 or bfloat16")
     stride = rows(x, "x")[1]
-    if in_place and abs(stride) < x.shape[1]:
-        raise ValueError(f"the rows of x overlap (stride {stride}); copy x, or in_place=False")
-    return x, t, stride
+    if in_place:
+        writable(x, "x", t=t)
+    return x, t, stride, _ignored(ignore_index), in_place
 
 
-def _hidden(h, w, t, chunk):
+def _ignored(ignore_index):
+    return integer(ignore_index, "ignore_index", -(2**63), expected="an integer of 64 bits")
+
+
+def _hidden(h, w, t, ignore_index, chunk, gradients):
     h, w, t = array(h, "h", ndim=2), array(w, "w", ndim=2), array(t, "t", IDS, ndim=1)
     same("dtype", h=h, w=w)
     not_empty(h=h, w=w)
     shaped(w, "w", (w.shape[0], h.shape[1]))
     shaped(t, "t", h.shape[:1])
     inner_contiguous(h=h, w=w, t=t)
-    if chunk is not None and not chunk >= 1:
-        raise ValueError(f"chunk is {chunk}; expected at least 1 row, or None")
-    return h, w, t
+    if chunk is not None:
+        integer(chunk, "chunk", 1, expected="at least 1 row, or None")
+    flag(gradients, "gradients")
+    return h, w, t, _ignored(ignore_index)
 
 
 def _factor(g, like):

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .arrays import Array, not_empty, rows
+from .arguments import not_empty, rows
+from .arrays import Array
 
 
 @dataclass(frozen=True)

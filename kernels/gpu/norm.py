@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 
 from . import driver
-from .arrays import array, cdiv, inner_contiguous, next_power_of_2, not_empty, rows, same, shaped
+from .arguments import inner_contiguous, kept, needed, not_empty, number, rows, same, shaped
+from .arrays import array, cdiv, next_power_of_2
 from .driver import launch
 from .reduce import places, tile, tiles
 from .tuning import configuration
@@ -252,7 +253,8 @@ class layer_norm:
 
     @staticmethod
     def vjp(g, y, x, w, b, *, eps=1e-5, saved, needs):
-        return _vjp(None, g, x, w, b, saved[0], needs, CENTRED=True)
+        bars = _vjp(None, g, x, w, b, saved, needed(needs, 3), CENTRED=True)
+        return bars[: len(needs)]
 
 
 class rms_norm:
@@ -273,8 +275,8 @@ class rms_norm:
 
     @staticmethod
     def vjp(g, y, x, w, *, eps=1e-5, saved, needs):
-        x_bar, w_bar, _ = _vjp(None, g, x, w, None, saved[0], (*needs, False), CENTRED=False)
-        return x_bar, w_bar
+        bars = _vjp(None, g, x, w, None, saved, needed(needs, 2), CENTRED=False)
+        return bars[: len(needs)]
 
 
 class add_layer_norm:
@@ -295,10 +297,7 @@ class add_layer_norm:
 
     @staticmethod
     def vjp(g, y, x, residual, w, b, *, eps=1e-5, saved, needs):
-        (s_bar, g), (s, stats) = g, saved
-        needs_s = needs[0] or needs[1], *needs[2:]
-        s_bar, w_bar, b_bar = _vjp(s_bar, g, s, w, b, stats, needs_s, CENTRED=True)
-        return s_bar if needs[0] else None, s_bar if needs[1] else None, w_bar, b_bar
+        return _add_vjp(g, x, w, b, saved, needs, CENTRED=True)
 
 
 class add_rms_norm:
@@ -317,10 +316,7 @@ class add_rms_norm:
 
     @staticmethod
     def vjp(g, y, x, residual, w, *, eps=1e-5, saved, needs):
-        (s_bar, g), (s, stats) = g, saved
-        needs_s = needs[0] or needs[1], needs[2], False
-        s_bar, w_bar, _ = _vjp(s_bar, g, s, w, None, stats, needs_s, CENTRED=False)
-        return s_bar if needs[0] else None, s_bar if needs[1] else None, w_bar
+        return _add_vjp(g, x, w, None, saved, needs, CENTRED=False)
 
 
 def _forward(x, residual, w, b, eps, CENTRED):
@@ -358,13 +354,31 @@ def _forward(x, residual, w, b, eps, CENTRED):
     return None if s is None else s.data, y.data, (stats.data,)
 
 
-def _vjp(s_bar, g, x, w, b, stats, needs, CENTRED):
-    """(x̄, w̄, b̄), None where it is not needed. x is what was normalised, s̄ is added to x̄."""
-    x, w, g, stats = array(x, "x"), array(w, "w"), array(g, "g"), array(stats, "saved")
+def _add_vjp(g, x, w, b, saved, needs, CENTRED):
+    """x̄, the residual's gradient, w̄ and, for a norm that has it, b̄."""
+    if not isinstance(g, tuple | list) or len(g) != 2:
+        raise ValueError(f"g is a {type(g).__name__}; expected a pair: the gradients of s and y")
+    s_bar, g = g
+    needs_x, needs_residual, *others = needed(needs, 4 if CENTRED else 3)
+    wanted = needs_x or needs_residual, *others
+    s_bar, *bars = _vjp(s_bar, g, x, w, b, saved, wanted, CENTRED, ADD=True)
+    return (s_bar if needs_x else None, s_bar if needs_residual else None, *bars)[: len(needs)]
+
+
+def _vjp(s_bar, g, x, w, b, saved, needs, CENTRED, ADD=False):
+    """x̄, w̄ and, if CENTRED, b̄; None where it is not needed. With ADD, what was normalised is not x
+    but s, which was saved, and s̄ is added to x̄.
+    """
+    x, w, g = array(x, "x"), array(w, "w"), array(g, "g")
     n = _checked(x, w)
     same("shape", x=x, g=g)
     (count, stride_x), (_, stride_g) = rows(x, "x"), rows(g, "g")
-    shaped(stats, "saved", (3 if CENTRED else 1, count))
+    stats = (3 if CENTRED else 1, count), "float32"
+    if ADD:
+        x, stats = kept(saved, s=(x.shape, x.dtype), stats=stats)
+        stride_x = n
+    else:
+        (stats,) = kept(saved, stats=stats)
     stride_s_bar = 0
     if s_bar is not None:
         s_bar = array(s_bar, "the gradient of s")
@@ -372,7 +386,7 @@ def _vjp(s_bar, g, x, w, b, stats, needs, CENTRED):
         _, stride_s_bar = rows(s_bar, "the gradient of s")
     x_bar = x.empty(x.shape) if needs[0] else None
     w_bar = w.empty(w.shape) if needs[1] else None
-    b_bar = w.empty(w.shape, array(b, "b").dtype) if needs[2] else None
+    b_bar = w.empty(w.shape, array(b, "b").dtype) if CENTRED and needs[2] else None
     strides = stride_s_bar, stride_g, stride_x
 
     def run(config):
@@ -401,17 +415,19 @@ def _vjp(s_bar, g, x, w, b, stats, needs, CENTRED):
 
     key = x.dtype, next_power_of_2(n), "add" if s_bar is not None else "alone"
     run(configuration("norm vjp", key, _tile_vjp(n), lambda: _tiles_vjp(n), run))
-    return tuple(None if a is None else a.data for a in (x_bar, w_bar, b_bar))
+    bars = (x_bar, w_bar, b_bar) if CENTRED else (x_bar, w_bar)
+    return tuple(None if a is None else a.data for a in bars)
 
 
 def _checked(x, w, eps=0.0):
     """n, if x (..., n), w (n,) and eps are what a norm takes."""
     not_empty(x=x)
+    if x.ndim == 0:
+        raise ValueError("x has shape (); expected at least one axis")
     inner_contiguous(x=x)
     shaped(w, "w", x.shape[-1:])
     inner_contiguous(w=w)
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps!r}; expected a number that is not negative")
+    number(eps, "eps", lambda eps: eps >= 0, "a number that is not negative")
     return x.shape[-1]
 
 

@@ -16,13 +16,15 @@ of a CUDA graph.
 
 import math
 import numbers
+from itertools import pairwise
 
 import numpy as np
 import triton
 import triton.language as tl
 
 from . import driver, tuning
-from .arrays import FLOATS, array, cdiv, next_power_of_2, not_empty, same
+from .arguments import contiguous, not_empty, number, same, writable
+from .arrays import FLOATS, array, cdiv, next_power_of_2
 from .driver import launch
 
 _STEPS = ("int32", "int64", "float32")
@@ -208,7 +210,7 @@ def global_norm(gradients):
 
     gradients   a list of float32, float16 and bfloat16 arrays, contiguous; None is skipped
     """
-    named = {f"gradients[{i}]": g for i, g in enumerate(gradients) if g is not None}
+    named = _listed(gradients, "gradients")
     found = [_contiguous(array(g, name), name) for name, g in named.items()]
     if not found:
         raise ValueError("gradients has no arrays; expected at least one")
@@ -234,16 +236,15 @@ class AdamW:
     """
 
     def __init__(self, parameters, *, weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8):
-        named = {f"parameters[{i}]": p for i, p in enumerate(parameters)}
+        named = _listed(parameters, "parameters")
         found = [_contiguous(array(p, name), name) for name, p in named.items()]
         if not found:
             raise ValueError("there are no parameters to train")
         driver.follow(found)
-        addresses = [p.address for p in found if p.address]  # 0: inside driver.compiling()
-        if len(set(addresses)) < len(addresses):
-            raise ValueError("a parameter comes twice; list it once")
-        decays = _checked_options(weight_decay, betas, eps, len(found))
-        self.betas, self.eps = tuple(betas), eps
+        for name, p in zip(named, found):
+            writable(p, name)
+        _apart(found)
+        decays, self.betas, self.eps = _checked_options(weight_decay, betas, eps, len(found))
         self._parameters = found
         self._means = [p.zeros(p.shape, "float32") for p in found]
         self._squares = [p.zeros(p.shape, "float32") for p in found]
@@ -269,8 +270,8 @@ class AdamW:
                     the way, not in their arrays. A norm that is NaN or infinite scales nothing, as
                     in optim.clip_grad_norm_, and the caller decides; None asks for no norm
         """
-        if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"max_norm is {max_norm}; expected a number above 0, or None")
+        if max_norm is not None:
+            number(max_norm, "max_norm", lambda norm: norm > 0, "a number above 0, or None")
         found = self._checked(gradients)
         lr, step = self._number(lr, "lr", ("float32",), 0), self._number(step, "step", _STEPS, 1)
         for group in self._groups:
@@ -287,13 +288,15 @@ class AdamW:
         return None if max_norm is None else self._norm.data
 
     def _checked(self, gradients):
+        _listed(gradients, "gradients")
         if len(gradients) != len(self._parameters):
             raise ValueError(f"{len(gradients)} gradients for {len(self._parameters)} parameters")
         found = []
         for i, (g, p) in enumerate(zip(gradients, self._parameters, strict=True)):
             if g is not None:
                 name = f"gradients[{i}]"
-                g = _contiguous(array(g, name, (p.dtype, "float32")), name)
+                dtypes = ("float32",) if p.dtype == "float32" else (p.dtype, "float32")
+                g = _contiguous(array(g, name, dtypes), name)
                 same("shape", **{f"parameters[{i}]": p, name: g})
             found.append(g)
         driver.follow([*self._parameters, *found])
@@ -303,10 +306,10 @@ class AdamW:
         return found
 
     def _number(self, x, name, dtypes, least):
-        """x on the device."""
-        if isinstance(x, numbers.Real):
-            if not least <= x < math.inf:
-                raise ValueError(f"{name} is {x}; expected {least} or more")
+        """x on the device: lr from 0 on, or a step, an integer from 1 on."""
+        if isinstance(x, numbers.Number):
+            fits = lambda x: least <= x < math.inf and (least == 0 or x == int(x))  # noqa: E731
+            x = number(x, name, fits, "0 or more" if least == 0 else "an integer from 1 on")
             return self._norm.upload(np.array([x], np.float32))
         x = array(x, name, dtypes)
         if x.size != 1:
@@ -346,15 +349,25 @@ class _Group:
 # --- what they share ------------------------------------------------------------------------------
 
 
+def _listed(arrays, name):
+    """The arrays of a list by their names, None left out."""
+    if not isinstance(arrays, list | tuple):
+        raise TypeError(f"{name} is a {type(arrays).__name__}; expected a list of arrays")
+    return {f"{name}[{i}]": x for i, x in enumerate(arrays) if x is not None}
+
+
 def _contiguous(x, name):
     """The array, if its elements lie one after the other."""
     not_empty(**{name: x})
-    step = 1
-    for length, stride in zip(reversed(x.shape), reversed(x.strides), strict=True):
-        if length > 1 and stride != step:
-            raise ValueError(f"{name} has strides {x.strides}; expected a contiguous array")
-        step *= length
+    contiguous(x, name)
     return x
+
+
+def _apart(parameters):
+    """ValueError if two of them, contiguous as they are, share memory."""
+    places = sorted((p.address, p.address + p.size * p.dtype.itemsize) for p in parameters)
+    if any(end > start for (_, end), (start, _) in pairwise(places)) and not driver.compiles():
+        raise ValueError("two parameters share memory: list each once")
 
 
 def _by_dtype(arrays):
@@ -364,19 +377,17 @@ def _by_dtype(arrays):
 
 
 def _checked_options(weight_decay, betas, eps, count):
-    """The weight decay of each parameter."""
-    decays = [weight_decay] * count if isinstance(weight_decay, numbers.Real) else [*weight_decay]
+    """(weight decay of each parameter, betas, eps)."""
+    decays = weight_decay if isinstance(weight_decay, list | tuple) else [weight_decay] * count
     if len(decays) != count:
         raise ValueError(
             f"weight_decay has {len(decays)} numbers; expected one for each of {count}"
         )
-    if not all(decay >= 0 for decay in decays):
-        raise ValueError(f"weight_decay is {weight_decay}; expected 0 or more")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas are {betas}; expected two numbers in [0, 1)")
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps}; expected 0 or more")
-    return decays
+    if not isinstance(betas, list | tuple) or len(betas) != 2:
+        raise ValueError(f"betas is {betas!r}; expected two numbers in [0, 1)")
+    decays = [number(decay, "weight_decay", lambda x: x >= 0, "0 or more") for decay in decays]
+    betas = [number(beta, "betas", lambda x: 0 <= x < 1, "two numbers in [0, 1)") for beta in betas]
+    return decays, tuple(betas), number(eps, "eps", lambda x: x >= 0, "0 or more")
 
 
 def _widened(p):

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from .arrays import array, cdiv, inner_contiguous, next_power_of_2, not_empty, shaped
+from .arguments import flag, inner_contiguous, integer, needed, not_empty, shaped
+from .arrays import array, cdiv, next_power_of_2
 from .driver import launch
 from .tuning import configuration
 
@@ -67,17 +68,19 @@ class rope:
 
     @staticmethod
     def vjp(g, y, x, cos, sin, *, start=0, interleaved=False, saved, needs):
-        if not needs[0]:
-            return None, None, None
+        if not needed(needs, 3)[0]:
+            return (None, None, None)[: len(needs)]
         g = array(g, "g")
         shaped(g, "g", array(x, "x").shape)
-        return _turned(g, "g", cos, sin, start, interleaved, BACKWARDS=True), None, None
+        x_bar = _turned(g, "g", cos, sin, start, interleaved, BACKWARDS=True)
+        return (x_bar, None, None)[: len(needs)]
 
 
 def _turned(x, name, cos, sin, start, interleaved, BACKWARDS):
     x = array(x, name, ndim=4)
     not_empty(**{name: x})
     inner_contiguous(**{name: x})
+    start, interleaved = integer(start, "start", 0), flag(interleaved, "interleaved")
     cos, sin = _tables(cos, sin, start, x)
     B, H, T, d = x.shape
     y = x.empty(x.shape)
@@ -86,10 +89,10 @@ def _turned(x, name, cos, sin, start, interleaved, BACKWARDS):
         groups, spans = cdiv(H, config["HEADS"]), cdiv(T, config["TIMES"])
         strides = *x.strides[:3], cos.strides[0], sin.strides[0]
         arguments = x, cos, sin, y, *strides, H, T, d, start
-        options = {"BACKWARDS": BACKWARDS, "INTERLEAVED": bool(interleaved), **config}
+        options = {"BACKWARDS": BACKWARDS, "INTERLEAVED": interleaved, **config}
         launch(_rope, (B * groups * spans,), *arguments, **options)
 
-    key = x.dtype, next_power_of_2(d), next_power_of_2(H), bool(interleaved)
+    key = x.dtype, next_power_of_2(d), next_power_of_2(H), interleaved
     default, candidates = _tiles(H, T, d)
     run(configuration("rope", key, default, lambda: candidates, run))
     return y.data
@@ -100,8 +103,6 @@ def _tables(cos, sin, start, x):
     T, d = x.shape[2:]
     if d % 2:
         raise ValueError(f"x has {d} numbers for each head; expected an even number")
-    if not (isinstance(start, int) and start >= 0):
-        raise ValueError(f"start is {start!r}; expected an integer that is not negative")
     if cos.shape[0] < start + T:
         raise ValueError(
             f"cos has {cos.shape[0]} rows; expected at least {start + T}, start + T: make longer "

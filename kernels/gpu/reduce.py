@@ -5,7 +5,8 @@ read twice, in pieces.
 import triton
 import triton.language as tl
 
-from .arrays import array, cdiv, next_power_of_2, not_empty, rows, shaped
+from .arguments import flag, integer, kept, needed, not_empty, rows, shaped
+from .arrays import array, cdiv, next_power_of_2
 from .driver import launch
 from .tuning import configuration
 
@@ -217,7 +218,7 @@ def _forward(x, axis, LOG):
 
 
 def _vjp(g, y, axis, needs, LOG):
-    if not needs[0]:
+    if needed(needs, 1) == (False,):
         return (None,)
     y, count, stride_y, n = _rows_along(y, "y", axis)
     g = array(g, "g")
@@ -245,7 +246,7 @@ def _rows_along(x, name, axis):
     x = array(x, name)
     not_empty(**{name: x})
     count, stride = rows(x, name)
-    if axis not in (-1, x.ndim - 1):
+    if integer(axis, "axis", -x.ndim, x.ndim - 1) not in (-1, x.ndim - 1):
         raise ValueError(
             f"axis is {axis!r}; expected -1, the last axis: move the axis there and make it "
             "contiguous"
@@ -302,7 +303,7 @@ class logsumexp:
     @staticmethod
     def forward(x, *, axis=-1, keepdims=False):
         x, count, stride, n = _rows_along(x, "x", axis)
-        y = x.empty((*x.shape[:-1], 1) if keepdims else x.shape[:-1])
+        y = x.empty((*x.shape[:-1], 1) if flag(keepdims, "keepdims") else x.shape[:-1])
         exact = x.empty((count,), "float32")
 
         def run(config):
@@ -322,12 +323,12 @@ class logsumexp:
 
     @staticmethod
     def vjp(g, y, x, *, axis=-1, keepdims=False, saved, needs):
-        if not needs[0]:
+        if needed(needs, 1) == (False,):
             return (None,)
         x, count, stride, n = _rows_along(x, "x", axis)
-        g, exact = array(g, "g"), array(saved[0], "saved")
-        shaped(g, "g", (*x.shape[:-1], 1) if keepdims else x.shape[:-1])
-        shaped(exact, "saved", (count,))
+        g = array(g, "g")
+        shaped(g, "g", (*x.shape[:-1], 1) if flag(keepdims, "keepdims") else x.shape[:-1])
+        (exact,) = kept(saved, y=((count,), "float32"))
         _, stride_g = rows(g if keepdims else g.view((*g.shape, 1), (*g.strides, 1)), "g")
         x_bar = x.empty(x.shape)
 

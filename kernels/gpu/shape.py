@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 
 from . import tuning
-from .arrays import IDS, array, cdiv, inner_contiguous, next_power_of_2, not_empty, rows, shaped
+from .arguments import inner_contiguous, integer, needed, not_empty, rows, shaped
+from .arrays import IDS, array, cdiv, next_power_of_2
 from .driver import launch
 
 KERNELS = ("embedding", "scatter_add")
@@ -181,14 +182,15 @@ class embedding:
         g = array(g, "g", (w.dtype,))
         if g.shape[-1:] != w.shape[1:]:
             raise ValueError(f"g has shape {g.shape}; expected (..., {w.shape[1]}), as w has")
-        return (_sums(g, "g", t, w.shape[0]).data if needs[0] else None), None
+        w_bar = _sums(g, "g", t, w.shape[0]).data if needed(needs, 2)[0] else None
+        return (w_bar, None)[: len(needs)]
 
 
 class scatter_add:
     """y_v = Σ_i [t_i = v] x_i, in float32 and always in the same order
 
     x (*t.shape, c) float32, float16 or bfloat16, its rows evenly spaced; t int32 or int64, its rows
-    too, fewer than 2³¹ of them. Ids outside 0..rows - 1 add nothing, as in the op.
+    too, fewer than 2³⁰ of them. Ids outside 0..rows - 1 add nothing, as in the op.
 
     x̄ = embedding(g, t)
     """
@@ -199,10 +201,11 @@ class scatter_add:
 
     @staticmethod
     def vjp(g, y, x, t, *, rows, saved, needs):
-        x = array(x, "x")
+        x, rows = array(x, "x"), integer(rows, "rows", 1, 2**31 - 1)
         g = array(g, "g", (x.dtype,), ndim=2)
         shaped(g, "g", (rows, x.shape[-1]))
-        return (embedding.forward(g, t)[0] if needs[0] else None), None
+        x_bar = embedding.forward(g, t)[0] if needed(needs, 2)[0] else None
+        return (x_bar, None)[: len(needs)]
 
 
 # --- what they share ------------------------------------------------------------------------------
@@ -214,8 +217,9 @@ def _sums(x, name, t, count):
     not_empty(**{name: x, "t": t})
     if x.shape[:-1] != t.shape:
         raise ValueError(f"{name} has shape {x.shape}; expected {t.shape} and an axis, as t has")
-    if not 1 <= count < 2**31 or t.size >= 2**30:
-        raise ValueError(f"{count} rows and {t.size} ids; expected 1 to 2³¹ - 1 of each")
+    count = integer(count, "rows", 1, 2**31 - 1)
+    if t.size >= 2**30:
+        raise ValueError(f"t has {t.size} ids; expected fewer than 2³⁰")
     stride, n, c = rows(x, name)[1], t.size, x.shape[-1]
     keys = _sorted_keys(t, count)
     starts = t.empty((count + 1,), "int32")

@@ -153,9 +153,18 @@ def _read(file):
     if not file.is_file():
         return {}
     try:
-        return json.loads(file.read_text(encoding="utf-8"))["kernels"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file} is not a table of configurations: delete it") from None
+        found = json.loads(file.read_text(encoding="utf-8"))["kernels"]
+        sound = all(
+            isinstance(value, int)
+            for entries in found.values()
+            for entry in entries.values()
+            for value in entry["config"].values()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{file} is not a table of configurations: delete it")
+    return found
 
 
 def _store(table):
