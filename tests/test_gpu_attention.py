@@ -88,7 +88,7 @@ def agrees(gpu, draw, B, H, H_k, T, n, *, d=20, e=20, scale=None, **attributes):
         reference(M, D, attributes.get("causal", False), scale),
         [host(x) for x in arrays], dtype, host(g).astype(np.float64),
     )  # fmt: skip
-    assert found[3:] == (None, None, None)
+    assert len(found) == 3
     for actual, pair in zip((y, *found), expected):
         assert host(actual).dtype.name == dtype
         close(actual, pair)

@@ -1,13 +1,15 @@
 """Triton kernels, one file for each file of `ops/`, with the ops' names. They stand on their own:
 
-    from tinygrad_llm.kernels.gpu import softmax
+    from tinygrad_llm.kernels.gpu.reduce import softmax
+
     y, saved = softmax.forward(x)                                    # x: CuPy, PyTorch, DLPack
     (x_bar,) = softmax.vjp(g, y, x, saved=saved, needs=(True,))
 
 A kernel is a class with two static methods, as in kernels/cpu:
 
     forward(*arrays, **attributes) -> (y, saved)
-    vjp(g, y, *arrays, saved, needs, **attributes) -> gradients, None where `needs` says False
+    vjp(g, y, *arrays, saved, needs, **attributes) -> as many gradients as `needs` has entries, None
+                                                      where it says False; `saved` is forward's
 
 Each module lists its kernels in KERNELS (an op's) and FUSED (several ops in one).
 The rules:
@@ -23,4 +25,4 @@ The rules:
 import importlib.util
 
 if importlib.util.find_spec("triton") is None:
-    raise ModuleNotFoundError("the GPU kernels need Triton: pip install 'tinygrad_llm[gpu]'")
+    raise ModuleNotFoundError("the GPU kernels need Triton: pip install -e '.[gpu]'")
