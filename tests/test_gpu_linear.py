@@ -326,18 +326,23 @@ def descriptors(x, w):
 def test_descriptors_where_the_memory_is_aligned(columns, used):
     assert not any(descriptors(array(16, columns), array(24, columns)))  # no tensor cores
     x, w = array(16, columns, dtype="bfloat16"), array(24, columns, dtype="bfloat16")
-    assert descriptors(x, w) == [used, used, True]
+    assert descriptors(x, w) == [used] * 3
 
 
 def test_few_tiles_are_split():
-    config = linear._configurations(90, 132, 2, "ieee", 1, 768, 32768, 768)[0]
+    config = linear._configurations(90, 132, 2, "ieee", True, True, 1, 768, 32768, 768)[0]
     assert config["SPLITS"] > 1
-    assert linear._configurations(90, 132, 2, "ieee", 1, 8192, 768, 50304)[0]["SPLITS"] == 1
+    assert (
+        linear._configurations(90, 132, 2, "ieee", True, True, 1, 8192, 768, 50304)[0]["SPLITS"]
+        == 1
+    )
 
 
 def test_the_same_bits_each_time():
     x = device(np.random.default_rng(0).standard_normal((33, 40)).astype(np.float32))
-    with tuning.using(product=linear._configurations(80, 2, 4, "ieee", 1, 33, 40, 33)[-1]):
+    with tuning.using(
+        product=linear._configurations(80, 2, 4, "ieee", True, True, 1, 33, 40, 33)[-1]
+    ):
         first, second = (harness.host(linear.matmul.forward(x, x.T)[0]) for _ in range(2))
     assert np.array_equal(first, second)
 
