@@ -25,7 +25,7 @@ Rounds = Annotated[int, typer.Option(min=1, help="Turns that each alternative ge
 Save = Annotated[bool, typer.Option("--save", help="Write JSON and Markdown into --results.")]
 Results = Annotated[Path, typer.Option(metavar="DIR", help="Where --save writes.")]
 Size = StrEnum("Size", ["tiny", "small", "gpt2"])
-Chip = StrEnum("Chip", ["80", "90", "100"])
+Chip = StrEnum("Chip", ["80", "86", "89", "90", "100", "120"])
 Model = StrEnum("Model", [("tiny", "tiny"), ("nano", "nanogpt-cpu"), ("default", "default-job")])
 
 
@@ -251,11 +251,11 @@ def matching(found, only, what):
 def compile_kernels(only, chip, every, processes, save, results):
     """The gate: exits with 1 if a kernel is not what it should be."""
     from .kernels import gate
-    from .kernels.workloads import catalogue
+    from .kernels.chips import DEFAULT
 
     started = time.monotonic()
-    names = [workload.name for workload in matching(catalogue(), only, "workload")]
-    chips = [int(c) for c in chip or gate.CHIPS]
+    names = [workload.name for workload in matching(gate.covered(), only, "workload")]
+    chips = [int(c) for c in chip or DEFAULT]
     found = gate.compile_all(chips, every, names if only else None, processes, say)
     failures = gate.failures(found)
     summary = (

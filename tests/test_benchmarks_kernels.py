@@ -17,9 +17,10 @@ sys.path.insert(0, str(ROOT))  # the benchmarks are not installed, they run from
 
 from benchmarks import machine  # noqa: E402
 from benchmarks.kernels import gate, race, workloads  # noqa: E402
-from benchmarks.kernels.chips import CHIPS  # noqa: E402
+from benchmarks.kernels.chips import CHIPS, DEFAULT  # noqa: E402
 from benchmarks.kernels.gate import Compiled, judge, sample  # noqa: E402
 from benchmarks.kernels.picture import draw  # noqa: E402
+from benchmarks.kernels.variants import ATTENTION, DTYPES, HEADS, LINEAR, WIDTHS  # noqa: E402
 from benchmarks.kernels.workloads import GROUPS, TINY, Input, Workload, catalogue  # noqa: E402
 from benchmarks.measure import Timing  # noqa: E402
 
@@ -76,6 +77,8 @@ def test_names_are_all_different():
         names = [workload.name for workload in catalogue(sizes)]
         assert len(names) == len(set(names))
     assert {workload.group for workload in catalogue()} == set(GROUPS)
+    names = [workload.name for workload in gate.covered()]
+    assert len(names) == len(set(names))
 
 
 @needs_torch
@@ -286,6 +289,8 @@ def test_occupancy():
     assert h100.occupancy(registers=32, shared=100_000, warps=8) == 16 / 64
     assert h100.occupancy(registers=32, shared=0, warps=1) == 32 / 64  # 32 blocks at most
     assert h100.occupancy(registers=32, shared=h100.block + 1024, warps=4) == 0.0
+    assert set(DEFAULT) < set(CHIPS)
+    assert all(chip.block + 1024 == chip.shared for chip in CHIPS.values())
 
 
 def compiled(chip=90, dots=128, descriptors=True, shared=200_000, stack=0, **instructions):
@@ -342,6 +347,41 @@ def test_candidates_that_are_tried():
     assert sample(default, others, 9) == more_stages
     assert sample(default, others, 2) == more_stages[::2]
     assert sample({"ROWS": 1}, [{"ROWS": 1}, {"ROWS": 2}], 4) == [{"ROWS": 2}]
+
+
+def test_the_gate_covers_every_option():
+    """What changes a kernel's machine code is in some variant, with each dtype and precision."""
+    options = set().union(*(options for options, _ in ATTENTION))
+    assert options == {"segments", "window", "shared", "dropout", "causal"}
+    types = {"bfloat16", "float16", "float32", "float32 tf32", "float32 tf32x3"}
+    assert {text for _, text in ATTENTION} == {text for *_, text in LINEAR} == types
+    widths = {
+        n.split()[2] for n in (w.name for w in gate.covered()) if n.startswith("attention of")
+    }
+    assert widths == {str(d) for d in HEADS} and set(HEADS) > {64, 128, 256}
+    assert {activation for *_, activation, _ in LINEAR} == {None, "gelu", "gelu_tanh", "silu"}
+    odd = {text for _, k, m, _, text in LINEAR if k % 2 and m % 2}
+    assert odd >= {"bfloat16", "float16", "float32 tf32x3"}
+    assert max(WIDTHS) > 16384 and set(DTYPES) == {"bfloat16", "float32"}
+
+
+def test_variants_take_turns():
+    """Each is compiled for one chip; for all of them if one asks for all, or by name."""
+    variants = {w.name: w for w in gate.covered() if not w.raced}
+
+    def times(*arguments):
+        found = [name for _, _, names, _ in gate.plan(*arguments) for name in names]
+        return {found.count(name) for name in variants}, len(found)
+
+    raced = len(catalogue())
+    assert times((80, 90, 100), False) == ({1}, 3 * raced + len(variants))
+    assert times((80, 90, 100), True) == ({3}, 3 * (raced + len(variants)))
+    assert times((90,), False) == ({1}, raced + len(variants))
+    name = next(iter(variants))
+    assert [task[1:3] for task in gate.plan((80, 90), False, [name])] == [
+        (90, [name]),
+        (80, [name]),
+    ]
 
 
 @needs_triton

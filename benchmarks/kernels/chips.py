@@ -40,8 +40,14 @@ class Chip:
         return min(fit) * warps / self.warps
 
 
+_SMALL = 101_376, 102_400, 48  # 99 KB for a block, 48 warps
+
 CHIPS = {
     80: Chip("A100", 166_912, 167_936, 64, 32, ("HMMA",)),
+    86: Chip("RTX 30, A10, A40", *_SMALL, 16, ("HMMA",)),
+    89: Chip("RTX 40, L4, L40", *_SMALL, 24, ("HMMA",)),
     90: Chip("H100, H200", 232_448, 233_472, 64, 32, ("HGMMA",)),
     100: Chip("B200", 232_448, 233_472, 64, 32, ("UTCHMMA", "UTCQMMA", "UTCMMA")),
+    120: Chip("RTX 50", *_SMALL, 24, ("HMMA",)),
 }
+DEFAULT = (80, 90, 100)  # what the gate compiles for unless told otherwise

@@ -1,5 +1,6 @@
-"""The compile gate: every workload, and every configuration that a search may try, compiled for
-several chips on a machine without a GPU. What is demanded of the machine code:
+"""The compile gate: every workload with every configuration that a search may try, and the variants
+that are not raced, compiled for several chips on a machine without a GPU. What is demanded of the
+machine code:
 
 - no spills: a stack of 0 bytes, no loads from local memory and no stores to it;
 - shared memory within the chip's limit;
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from ..report import Table
 from .chips import CHIPS
+from .variants import variants
 from .workloads import catalogue
 
 INSTRUCTIONS = (
@@ -31,7 +33,7 @@ _MATRIX = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "UTCMMA")
 _DOT = re.compile(r"tt\.dot .*: tensor<(\d+)x\d+x(?:f16|bf16)>")
 _ROWS = 64  # of a product: with fewer, Hopper and Blackwell use the older tensor instructions
 _ORDER = ("GROUP", "SPLITS", "PROGRAMS", "num_stages")  # the largest of these are tried
-_SAMPLE = 3  # candidates of a choice, unless all are asked for
+_SAMPLE = 2  # candidates of a choice, unless all are asked for
 TUNED_FIRST = 90  # the chip whose candidates are compiled unless all chips' are asked for
 
 
@@ -155,20 +157,25 @@ def _text(options, without=("enable_fp_fusion",)):
 # --- compiling ------------------------------------------------------------------------------------
 
 
-def compile_group(group: str, chip: int, candidates: int | None, names=None) -> list[Compiled]:
-    """The workloads of a group (of those names) for a chip: with the default configurations and
-    with so many of the candidates (None: all), each in its turn.
+def covered() -> list:
+    """All that the gate compiles: what is raced, and the variants."""
+    return catalogue() + variants()
+
+
+def compile_group(names, chip: int, candidates: int | None) -> list[Compiled]:
+    """The workloads of these names for a chip: with the default configurations and, if they are
+    raced, with so many of the candidates (None: all), each in its turn.
     """
     from tinygrad_llm.kernels.gpu import driver, tuning
 
     seen = {}  # hash of a compiled kernel -> Compiled
     tried = set()
-    for workload in catalogue(groups=[group]):
-        if names is not None and workload.name not in names:
+    for workload in covered():
+        if workload.name not in names:
             continue
         with tuning.recording() as choices:
             _compile(workload, chip, driver, seen)
-        for name, _, default, others in choices:
+        for name, _, default, others in choices if workload.raced else ():
             for other in sample(default, others, candidates):
                 if candidates is not None and (name, _text(other)) in tried:
                     continue  # with another epilogue, say
@@ -243,24 +250,38 @@ def _quiet():
 
 def _task(arguments):
     """In a process of its own: what it compiled, and whether it stayed without PyTorch."""
-    compiled = compile_group(*arguments)
+    group, chip, names, candidates = arguments
+    compiled = compile_group(names, chip, candidates)
     if "torch" in sys.modules:
         raise RuntimeError("the kernels' process has imported PyTorch")
-    return arguments, compiled
+    return group, chip, compiled
 
 
-def compile_all(chips, every_candidate: bool, names=None, processes: int = 2, say=print):
+def plan(chips, every: bool, names=None) -> list[tuple]:
+    """(group, chip, names of its workloads, number of candidates): what is compiled by one process,
+    what takes longest first. Variants take turns: each is compiled for one of the chips, unless
+    all is asked for, or these names.
+    """
+    groups, tasks = {}, []
+    for workload in covered():
+        if names is None or workload.name in names:
+            groups.setdefault(workload.group, []).append(workload)
+    for turn, chip in enumerate(sorted(chips, key=lambda chip: chip != TUNED_FIRST)):
+        candidates = None if every else _SAMPLE * (chip == TUNED_FIRST)
+        for group, members in groups.items():
+            if not (members[0].raced or every or names):
+                members = members[turn :: len(chips)]
+            if members:
+                tasks.append((group, chip, [workload.name for workload in members], candidates))
+    return tasks
+
+
+def compile_all(chips, every: bool, names=None, processes: int = 2, say=print):
     """All workloads, or those of these names, for all chips. TRITON_INTERPRET must not be set."""
-    groups = {w.group: None for w in catalogue() if names is None or w.name in names}
-    tasks = [
-        (group, chip, None if every_candidate else _SAMPLE * (chip == TUNED_FIRST), names)
-        for chip in sorted(chips, key=lambda chip: chip != TUNED_FIRST)  # what takes longest first
-        for group in groups
-    ]
-    found = {}
+    tasks, found = plan(chips, every, names), {}
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(processes, len(tasks))) as pool:
-        for (group, chip, *_), compiled in pool.imap_unordered(_task, tasks):
+        for group, chip, compiled in pool.imap_unordered(_task, tasks):
             say(f"sm_{chip} {group}: {len(compiled)} kernels")
             for c in compiled:  # other groups may have met it, too
                 key = c.chip, c.hash or (c.workloads[0], c.configuration)

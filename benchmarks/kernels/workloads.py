@@ -57,6 +57,7 @@ class Workload:
     tma             whether it claims the copy engine, from Hopper on
     target          the ratio to the best of PyTorch that is aimed at
     part            cuts inputs and outputs alike to what is compared, if not everything
+    raced           whether it is more than the gate's
     group           the kernels it belongs to, one of GROUPS: the catalogue says it
     """
 
@@ -71,6 +72,7 @@ class Workload:
     tma: bool = False
     target: float = 1.0
     part: Callable = field(default=lambda x: x)
+    raced: bool = True
     group: str = ""
 
     @property

@@ -278,7 +278,7 @@ def _attention_vjp_keys(
         ids_j = _ids(segments, at_s[1], j, n, BN)
         edges = _narrowed(ids_j, segments, at_s[1], T, edges[0], edges[3], BT)
         ids_j = ids_j[:, None]
-    for r in range(R):
+    for r in tl.range(R, disable_licm=True):  # what it would hoist has no registers
         h = h_k * R + r
         q_r, g_r = _head(q, at_q, b, h), _head(g, at_g, b, h)
         row = tl.cast(b * H + h, tl.int64) * T
@@ -377,30 +377,41 @@ _AMPERE = {  # and what has no more shared memory than 99 KB: 8.6, 8.9, 12.0
     "attention_vjp_keys": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
     "attention_vjp_queries": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
 }
-_TIGHT = {  # with more than usual to keep in registers, on all chips
-    "attention_forward": {64: (128, 32, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 1)},
-    "attention_vjp_keys": {64: (32, 64, 8, 2), 128: (16, 64, 8, 2), 256: (32, 32, 8, 1)},
+_BLACKWELL_MORE = _AMPERE | {
+    "attention_vjp_keys": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
     "attention_vjp_queries": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
 }
-_TIGHTEST = {  # and the words of Philox besides
-    "attention_forward": _TIGHT["attention_forward"],
-    "attention_vjp_keys": {64: (32, 64, 8, 2), 128: (32, 32, 8, 2), 256: (32, 32, 8, 1)},
-    "attention_vjp_queries": {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
+_DROPOUT_FORWARD = {64: (128, 32, 8, 3), 128: (128, 32, 8, 3), 256: (32, 32, 8, 1)}
+_HOPPER_DROPOUT = _AMPERE | {
+    "attention_forward": _DROPOUT_FORWARD,
+    "attention_vjp_keys": {64: (32, 128, 8, 2), 128: (32, 32, 8, 2), 256: (32, 32, 8, 1)},
 }
-_FLOAT32 = {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)}  # no tensor cores
+_BLACKWELL_DROPOUT = _BLACKWELL_MORE | {"attention_forward": _DROPOUT_FORWARD}
+_AMPERE_DROPOUT = {
+    "attention_forward": {64: (128, 32, 8, 3), 128: (64, 32, 8, 3), 256: (32, 32, 8, 1)},
+    "attention_vjp_keys": {64: (32, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 32, 8, 1)},
+    "attention_vjp_queries": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 8, 1)},
+}
+_TABLES = {  # plain; with more than the diagonal to keep in registers; and the words of Philox
+    90: (_HOPPER, _AMPERE, _HOPPER_DROPOUT),
+    100: (_BLACKWELL, _BLACKWELL_MORE, _BLACKWELL_DROPOUT),
+    103: (_BLACKWELL, _BLACKWELL_MORE, _BLACKWELL_DROPOUT),
+}
+_OLDER = (_AMPERE, _AMPERE, _AMPERE_DROPOUT)
+_FLOAT32 = {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
 
 
 def _configuration(BT, BN, num_warps, num_stages):
     return dict(BT=BT, BN=BN, num_warps=num_warps, num_stages=num_stages)
 
 
-def _default(kernel, chip, dtype, width, tight, dropout):
-    """The configuration for heads of so many columns."""
-    chips = {90: _HOPPER, 100: _BLACKWELL, 103: _BLACKWELL}
-    tiles = _TIGHTEST if dropout else _TIGHT if tight else chips.get(chip, _AMPERE)
-    tiles = tiles[kernel]
+def _default(kernel, chip, dtype, width, more, dropout):
+    """The configuration for heads of so many columns. more: a window, segments or shared heads."""
+    tiles = _TABLES.get(chip, _OLDER)[2 if dropout else 1 if more else 0]
     width = max(_padded(width), 64)
-    return _configuration(*(_FLOAT32 if dtype == "float32" else tiles)[width])
+    if dtype == "float32":  # maxnreg: or the assembler spills some, to fit another block
+        return _configuration(*_FLOAT32[width]) | dict(maxnreg=255)
+    return _configuration(*tiles[kernel][width])
 
 
 # What a search tries, for 16-bit numbers; the last is the widest head that leaves no register in
@@ -495,6 +506,8 @@ class _Call:
         numbers = H, R, T, n, heads, together, *self.band, self.scale
         randomness = 1 / (1 - self.dropout), self.seed, _threshold(self.dropout)
         precision = self.precision if q.dtype.itemsize == 4 else "ieee"
+        if precision == "tf32x3" and max(d, e) > 128:
+            precision = "ieee"  # three parts of each number leave no registers
         flags = dict(
             D=d, E=e, BD=_padded(d), BE=_padded(e), CAUSAL=self.causal, PRECISION=precision,
             WINDOW=self.window is not None, DROPOUT=self.dropout > 0,
@@ -505,8 +518,8 @@ class _Call:
             launch(kernel, grid, *arguments, *numbers, *randomness, **flags, **config)
 
         name = kernel.__name__.lstrip("_")
-        tight = R > 1 if along == "BN" else self.window and "vjp" in name
-        traits = q.dtype, max(d, e), tight, self.dropout > 0
+        more = flags["WINDOW"] or self.segments is not None or (along == "BN" and R > 1)
+        traits = q.dtype, max(d, e), more, flags["DROPOUT"]
         default = _default(name, driver.capability(), *traits)
         sizes = [next_power_of_2(x) for x in (T, n, heads)]
         key = q.dtype, *flags.values(), self.segments is not None, R, *sizes

@@ -117,8 +117,7 @@ def _default(rows, dtype, width):
     """The configuration for tiles of so many queries and heads of so many columns."""
     BM = min(max(next_power_of_2(rows), 16), 16 if dtype == "float32" else 32)
     BN = (1 << 19) // (BM * _padded(width) * dtype.itemsize**2)  # no more fits into registers
-    BN = min(max(BN, 16), 128)
-    return dict(BM=BM, BN=BN, num_warps=4, num_stages=2)
+    return dict(BM=BM, BN=min(max(BN, 16), 128), num_warps=8 if BN < 16 else 4, num_stages=2)
 
 
 def _candidates(default):
@@ -170,6 +169,8 @@ class decode:
         (B, H, T, d), (_, H_k, n, e) = q.shape, v.shape
         y, R = _side_by_side(q, e), H // H_k
         precision = precision if q.dtype.itemsize == 4 else "ieee"
+        if precision == "tf32x3" and max(d, e) > 128:
+            precision = "ieee"  # three parts of each number leave no registers
         flags = dict(D=d, E=e, BD=_padded(d), BE=_padded(e), WINDOW=window is not None)
 
         def run(config):

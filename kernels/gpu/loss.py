@@ -362,7 +362,7 @@ def _tiles(kernel, x, in_place, run=None):
     default = _tile(max(1, 1024 // block), block, 8 if block >= 4096 else 4)
 
     def candidates():
-        pairs = [(4096, 8), (8192, 8), (8192, 16), (16384, 16), (16384, 32), (32768, 32)]
+        pairs = [(4096, 8), (8192, 8), (8192, 16), (16384, 16), (16384, 32)]
         return [default, *(_tile(1, b, warps) for b, warps in pairs if b < 2 * v)]
 
     key = x.dtype, next_power_of_2(v), "in place" if in_place else "apart"

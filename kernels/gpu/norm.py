@@ -462,4 +462,5 @@ def _tiles_vjp(n):
         for programs in (1, 2, 4, 8)
         for stages in (1, 2, 3)
         if programs * shape["num_warps"] <= 64
+        and (stages < 3 or shape["ROWS"] <= first["ROWS"])  # or registers are spilled
     ]

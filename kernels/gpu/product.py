@@ -243,14 +243,14 @@ _HOPPER = (
     (128, 128, 64, 8, 4, 0.85),
     (64, 128, 64, 4, 4, 0.6),
     (64, 64, 64, 4, 4, 0.4),
-    (16, 64, 128, 4, 4, 0.15),
+    (16, 64, 128, 4, 3, 0.15),
 )
 _BLACKWELL = (
     (128, 256, 64, 8, 3, 1.0),
     (128, 128, 64, 8, 4, 0.85),
     (64, 128, 64, 8, 4, 0.6),
     (64, 64, 64, 8, 4, 0.4),
-    (16, 64, 128, 4, 4, 0.15),
+    (16, 64, 128, 4, 3, 0.15),
 )
 _AMPERE = (
     (128, 256, 32, 8, 3, 1.0),
@@ -267,11 +267,15 @@ _TF32 = (  # the same bytes to a tile's operands, but twice as many to its resul
     (128, 128, 64, 8, 3, 1.0),
     (64, 128, 64, 4, 3, 0.7),
     (64, 64, 64, 4, 3, 0.5),
-    (16, 64, 64, 4, 3, 0.15),
+    (16, 64, 64, 8, 3, 0.15),
 )
 _FLOAT32 = (  # multiplied and added one by one, no tensor cores
     (128, 128, 32, 8, 3, 1.0),
     (64, 64, 64, 4, 3, 0.8),
+    (16, 64, 64, 4, 3, 0.3),
+)
+_UNALIGNED = (  # element by element: a pointer for each is in registers
+    (64, 64, 32, 4, 3, 1.0),
     (16, 64, 64, 4, 3, 0.3),
 )
 _MOST_SPLITS = 32
@@ -281,12 +285,18 @@ _PARTIAL = 6  # and so many, an element of a partial product that is written and
 
 
 @functools.cache
-def _configurations(chip, processors, itemsize, precision, count, n, k, m):
-    """Configurations, the best first, for `count` products (n, k) (k, m)."""
-    new = chip in (90, 100, 103)
-    tiles = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL, 103: _BLACKWELL}.get(chip, _SMALL)
+def _configurations(chip, processors, itemsize, precision, tma, aligned, count, n, k, m):
+    """Configurations, the best first, for `count` products (n, k) (k, m); tma and aligned: how the
+    matrices lie in memory.
+    """
+    newer = {90: _HOPPER, 100: _BLACKWELL, 103: _BLACKWELL}
+    tma &= chip in newer
+    tiles = newer[chip] if tma else _AMPERE if chip in (80, *newer) else _SMALL
     if itemsize == 4:
-        tiles = _FLOAT32 if precision == "ieee" else _TF32 if new else _SMALL
+        tiles = _FLOAT32 if precision == "ieee" else _TF32 if tma else _SMALL
+    if not aligned:
+        tiles = _UNALIGNED
+    tma &= tiles is not _FLOAT32
     found = []
     for BM, BN, BK, num_warps, num_stages, speed in tiles:
         BK = 2 * BK // itemsize
@@ -296,8 +306,9 @@ def _configurations(chip, processors, itemsize, precision, count, n, k, m):
             for splits in range(1, min(_MOST_SPLITS, pieces[1]) + 1 if count == 1 else 2)
         }
         splits = min(costs, key=costs.get)
-        tma = new and tiles is not _FLOAT32
-        config = dict(BM=BM, BN=BN, BK=BK, GROUP=8, SPLITS=splits, HALVES=BN >= 256, TMA=tma)
+        wide = itemsize == 4 and BN >= 128 and (tma or precision != "tf32")
+        halves = BN >= 256 or wide  # what the epilogue needs does not fit at once
+        config = dict(BM=BM, BN=BN, BK=BK, GROUP=8, SPLITS=splits, HALVES=halves, TMA=tma)
         config.update(FLATTEN=tma, PROGRAMS=int(tma), num_warps=num_warps, num_stages=num_stages)
         found.append((costs[splits], config))
     return [config for _, config in sorted(found, key=lambda pair: pair[0])]
@@ -377,18 +388,17 @@ def multiply(a, b, y, finish=AS_IT_IS, *, sums=None, more=None, precision="ieee"
         (a, y), b = merged, Matrix(b.array, b.shape[-2:], b.strides[-2:])
     a, b, y = two_batch_axes(a, b, y)
     (*batch, n, k), m, itemsize = a.shape, b.shape[-1], a.array.dtype.itemsize
-    problem = itemsize, precision, math.prod(batch), n, k, m
-    found = _configurations(driver.capability(), driver.multiprocessors(), *problem)
     matrices = a, b, y, finish.pre, finish.slope, finish.residual, *(more or ())
     aligned = all(x is None or x.aligned for x in matrices)
-    if not aligned:  # a pointer for each element, for which the largest tile has no registers
-        largest = max(config["BM"] * config["BN"] for config in found)
-        found = [config for config in found if config["BM"] * config["BN"] < largest]
-    if finish.activation == "gelu" or (finish.slope and not found[0]["TMA"]):  # nor with these
+    memory = a.fits_tma() and b.fits_tma(), aligned
+    problem = itemsize, precision, *memory, math.prod(batch), n, k, m
+    found = _configurations(driver.capability(), driver.multiprocessors(), *problem)
+    several = finish.slope or math.prod(batch) > 1  # pointers: with TMA, they need no registers
+    if finish.activation == "gelu" or (several and not found[0]["TMA"]):
         found = [config for config in found if config["BN"] < 256]
     layout = "NT"[a.transposed] + "NT"[b.transposed]
     epilogue = finish.activation, finish.accumulate, bool(sums), bool(more)
-    key = (a.array.dtype, precision, layout, aligned, *map(_rounded, problem[2:]), *epilogue)
+    key = (a.array.dtype, precision, layout, aligned, *map(_rounded, problem[4:]), *epilogue)
 
     def run(config):  # of a search: y is not to be added to more than once
         spare = sums and (_like(sums[0]), sums[1])
@@ -444,9 +454,9 @@ def _launch(a, b, y, finish, sums, more, precision, config):
     c, d = more or (None, None)
     tma_cd = bool(more) and use_tma and c.fits_tma() and d.fits_tma()
     wide = y.array.dtype.itemsize > a.array.dtype.itemsize
-    if sums or more or finish.accumulate or wide:
+    if sums or more or finish.accumulate or wide or finish.activation == "silu":
         # Flattening joins one loop with the loop around it, not two; and it takes the registers
-        # and the shared memory that reading y, or a y of more bytes, needs.
+        # and the shared memory that reading y, a y of more bytes, or a division needs.
         config["FLATTEN"] = False
 
     def given(x, tma, *block):
