@@ -439,7 +439,7 @@ _TF32 = (  # the same bytes to a tile's operands, but twice as many to its resul
     (128, 128, 64, 8, 3, 1.0),
     (64, 128, 64, 4, 3, 0.7),
     (64, 64, 64, 4, 3, 0.5),
-    (16, 64, 64, 4, 3, 0.15),
+    (16, 64, 64, 8, 3, 0.15),
 )
 _FLOAT32 = (  # multiplied and added one by one, no tensor cores
     (128, 128, 32, 8, 3, 1.0),
@@ -477,7 +477,8 @@ def _configurations(chip, processors, itemsize, precision, tma, aligned, count, 
             for splits in range(1, min(_MOST_SPLITS, pieces[1]) + 1 if count == 1 else 2)
         }
         splits = min(costs, key=costs.get)
-        halves = BN >= 256 or tiles is _FLOAT32
+        wide = itemsize == 4 and BN >= 128 and (tma or precision != "tf32")
+        halves = BN >= 256 or wide  # what the epilogue needs does not fit at once
         config = dict(BM=BM, BN=BN, BK=BK, GROUP=8, SPLITS=splits, HALVES=halves, TMA=tma)
         config.update(FLATTEN=tma, PROGRAMS=int(tma), num_warps=num_warps, num_stages=num_stages)
         found.append((costs[splits], config))
