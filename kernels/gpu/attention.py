@@ -381,7 +381,7 @@ _BLACKWELL_MORE = _AMPERE | {
     "attention_vjp_keys": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
     "attention_vjp_queries": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
 }
-_DROPOUT_FORWARD = {64: (128, 32, 8, 3), 128: (128, 32, 8, 3), 256: (32, 32, 8, 1)}
+_DROPOUT_FORWARD = {64: (128, 32, 8, 3), 128: (128, 32, 8, 3), 256: (32, 16, 8, 1)}
 _HOPPER_DROPOUT = _AMPERE | {
     "attention_forward": _DROPOUT_FORWARD,
     "attention_vjp_keys": {64: (32, 128, 8, 2), 128: (32, 32, 8, 2), 256: (32, 32, 8, 1)},

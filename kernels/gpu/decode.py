@@ -117,7 +117,9 @@ def _default(rows, dtype, width):
     """The configuration for tiles of so many queries and heads of so many columns."""
     BM = min(max(next_power_of_2(rows), 16), 16 if dtype == "float32" else 32)
     BN = (1 << 19) // (BM * _padded(width) * dtype.itemsize**2)  # no more fits into registers
-    return dict(BM=BM, BN=min(max(BN, 16), 128), num_warps=8 if BN < 16 else 4, num_stages=2)
+    if BN < 16:  # maxnreg: or the assembler spills some, to fit another block
+        return dict(BM=BM, BN=16, num_warps=8, num_stages=2, maxnreg=255)
+    return dict(BM=BM, BN=min(BN, 128), num_warps=4, num_stages=2)
 
 
 def _candidates(default):
