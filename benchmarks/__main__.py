@@ -7,6 +7,7 @@ Each command sets the number of threads first and imports the rest afterwards: s
 
 import os
 import sys
+import tempfile
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -48,7 +49,7 @@ def ops(
     results: Results = RESULTS,
 ):
     """The tape's cost for each op, and the ops of a GPT one by one."""
-    description = prepare(threads, peer=True)
+    description = prepare(threads, True, save, results)
     method = Method.for_threads(threads, rounds, seconds)
     from .ops import measure_size
     from .tape import measure_tape, note
@@ -81,7 +82,7 @@ def train(
     results: Results = RESULTS,
 ):
     """Whole training steps of ours and of PyTorch, side by side, and where ours spends the time."""
-    description, method = prepare(threads, peer=True), Method.for_threads(threads, rounds)
+    description, method = prepare(threads, True, save, results), Method.for_threads(threads, rounds)
     from .train import measure_setting
 
     data, tables, notes = {}, [], [RATIO_NOTE]
@@ -107,7 +108,7 @@ def shakespeare(
     results: Results = RESULTS,
 ):
     """nanoGPT's CPU setting on tiny Shakespeare: the validation loss after 2,000 steps."""
-    description = prepare(threads, peer=False)
+    description = prepare(threads, False, save, results)
     from . import shakespeare as job
 
     try:
@@ -135,7 +136,7 @@ def gradcheck(
     results: Results = RESULTS,
 ):
     """Which planted bugs PyTorch's gradient checker finds, and which ones ours finds."""
-    description = prepare(threads, peer=True)
+    description = prepare(threads, True, save, results)
     clock = Method.for_threads(threads, rounds=1).clock
     from .gradcheck import TABLE, measure_bugs, measure_sizes
 
@@ -161,12 +162,18 @@ def kernels(
         bool, typer.Option("--compile", help="Compile and inspect all of it, without a GPU.")
     ] = False,
     chip: Annotated[
-        list[Chip] | None, typer.Option(help="With --compile; may be repeated. Without: all.")
+        list[Chip] | None,
+        typer.Option(help="With --compile; may be repeated. Without: 80, 90 and 100."),
     ] = None,
     every: Annotated[
         bool, typer.Option("--all", help="With --compile: every candidate for every chip.")
     ] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Of --compile.")] = 2,
+    variants: Annotated[
+        bool, typer.Option(help="With --compile: options of the kernels that are not raced, too.")
+    ] = True,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="With --compile; 2 if not said otherwise.")
+    ] = None,
     expected: Annotated[
         Path | None,
         typer.Option("--roofline", metavar="PNG", help="Draw what an H200's data sheet allows."),
@@ -176,18 +183,23 @@ def kernels(
 ):
     """The GPU kernels: raced against PyTorch on a GPU, or compiled and inspected without one."""
     started = time.monotonic()
+    if expected and (compile_only or tune or save):
+        fail("--roofline draws what a data sheet allows: it goes with no other option")
+    if compile_only and tune:
+        fail("--tune needs a GPU, --compile does without: choose one of them")
+    if not compile_only and (chip or every or processes or not variants):
+        fail("--chip, --all, --no-variants and --processes go with --compile")
     if expected:
         return draw_roofline(expected)
-    os.environ.pop("TRITON_INTERPRET", None)  # read when Triton is imported: not yet
-    if not machine.installed("triton"):
-        fail("this needs Triton: pip install -e '.[test]'")
+    check_folder(save, results)
+    check_triton()
     if compile_only:
-        return compile_kernels(only, chip, every, processes, save, results)
+        return compile_kernels(only, chip, every, variants, processes or 2, save, results)
     from .kernels import race
     from .kernels.workloads import catalogue
 
-    gpu = race_ready()
     workloads = matching(catalogue(), only, "workload")
+    gpu = race_ready()
     description = machine.describe(threads=1) | {"gpu": gpu.name}
     method = race.OnDevice(rounds, seconds=0.02, gpu=gpu)
     data, notes, failed = {}, [], []
@@ -212,7 +224,7 @@ def kernels(
 
         title = f"{gpu.name}, {', '.join(f'{k} {v}' for k, v in race.versions().items())}"
         path = result.path(results, description, ".png")
-        print(f"saved {draw(data['kernels'], data['roofline'], title, path).name}")
+        print(f"saved {draw(data['kernels'], data['roofline'], title, path)}")
     if failed:
         fail(f"failed: {', '.join(failed)}", code=1)
 
@@ -221,11 +233,28 @@ def draw_roofline(path: Path) -> None:
     """A picture of what to expect, without a GPU."""
     from .kernels.picture import draw_expected
 
+    if path.is_dir() or not path.suffix:
+        fail(f"{path} is not the name of a picture; give a path such as roofline.png")
     try:
         draw_expected(path)
     except (OSError, ValueError) as error:  # no such folder, no such kind of picture
         fail(f"{path}: {error}; give a path such as roofline.png")
     print(f"saved {path}")
+
+
+def check_triton():
+    """That it is there, new enough, and can be imported to compile."""
+    os.environ.pop("TRITON_INTERPRET", None)  # read when Triton is imported: not yet
+    found = machine.installed("triton")
+    hint = "pip install -e '.[test]'"
+    if not found:
+        fail(f"this needs Triton: {hint}")
+    if tuple(map(int, found.split(".")[:2])) < (3, 6):
+        fail(f"this needs Triton 3.6 or newer, not {found}: {hint}")
+    try:
+        import triton  # noqa: F401
+    except Exception as error:
+        fail(f"Triton {found} cannot be imported ({error}): {hint}")
 
 
 def race_ready():
@@ -248,23 +277,24 @@ def matching(found, only, what):
     return chosen or fail(f"no {what} has {' or '.join(map(repr, only))} in its name")
 
 
-def compile_kernels(only, chip, every, processes, save, results):
+def compile_kernels(only, chip, every, variants, processes, save, results):
     """The gate: exits with 1 if a kernel is not what it should be."""
     from .kernels import gate
     from .kernels.chips import DEFAULT
 
     started = time.monotonic()
-    names = [workload.name for workload in matching(gate.covered(), only, "workload")]
+    workloads = matching(gate.covered(variants), only, "workload")
     chips = [int(c) for c in chip or DEFAULT]
-    found = gate.compile_all(chips, every, names if only else None, processes, say)
+    tasks = gate.plan(workloads, chips, every, turns=not only)
+    found = gate.compile_all(tasks, processes, say)
     failures = gate.failures(found)
     summary = (
-        f"{len(found)} kernels for {len(chips)} chips in {time.monotonic() - started:.0f} s; "
-        f"{len(failures)} problems."
+        f"{len(found)} kernels for sm_{', sm_'.join(map(str, chips))} "
+        f"in {time.monotonic() - started:.0f} s; {len(failures)} problems."
     )
     settings = {"triton": machine.installed("triton"), "candidates": "all" if every else "some"}
     data = {"kernels": gate.data(found)}
-    result = Result("kernels-compile", settings, data, gate.tables(found), [summary], width=220)
+    result = Result("kernels --compile", settings, data, gate.tables(found), [summary], width=220)
     finish(result, machine.describe(threads=1), save, results)
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
@@ -278,12 +308,23 @@ RATIO_NOTE = (
 )
 
 
-def prepare(threads: int, peer: bool) -> dict:
+def prepare(threads: int, peer: bool, save: bool, results: Path) -> dict:
     """Threads first, then the machine's description, before there is any load of our own."""
+    check_folder(save, results)
     if peer and not machine.installed("torch"):
         fail("this needs PyTorch to compare with: pip install -e '.[test]'")
     machine.limit_threads(threads)
     return machine.describe(threads)
+
+
+def check_folder(save: bool, folder: Path) -> None:
+    """Before hours of work, not after: whether the results can be written."""
+    if save:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            fail(f"{folder} cannot be written to ({error.strerror}): choose another --results")
 
 
 def finish(result: Result, description: dict, save: bool, folder: Path) -> None:
@@ -292,7 +333,7 @@ def finish(result: Result, description: dict, save: bool, folder: Path) -> None:
     result.show(description)
     if save:
         paths = result.save(folder, description)
-        print("saved " + ", ".join(path.name for path in paths))
+        print("saved " + ", ".join(map(str, paths)))
 
 
 def say(message: str) -> None:

@@ -81,7 +81,8 @@ class Result:
         """The file of that kind; its folder is made if need be."""
         folder.mkdir(parents=True, exist_ok=True)
         threads = "" if machine.get("gpu") else f"-{machine['threads']}-threads"
-        return folder / f"{self.command}-{machines.slug(machine)}{threads}{ending}"
+        command = self.command.replace(" --", "-")
+        return folder / f"{command}-{machines.slug(machine)}{threads}{ending}"
 
     def _markdown(self, machine):
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())

@@ -369,19 +369,19 @@ def test_variants_take_turns():
     """Each is compiled for one chip; for all of them if one asks for all, or by name."""
     variants = {w.name: w for w in gate.covered() if not w.raced}
 
-    def times(*arguments):
-        found = [name for _, _, names, _ in gate.plan(*arguments) for name in names]
+    def times(chips, every):
+        tasks = gate.plan(gate.covered(), chips, every)
+        found = [name for _, _, names, _ in tasks for name in names]
         return {found.count(name) for name in variants}, len(found)
 
     raced = len(catalogue())
     assert times((80, 90, 100), False) == ({1}, 3 * raced + len(variants))
     assert times((80, 90, 100), True) == ({3}, 3 * (raced + len(variants)))
     assert times((90,), False) == ({1}, raced + len(variants))
-    name = next(iter(variants))
-    assert [task[1:3] for task in gate.plan((80, 90), False, [name])] == [
-        (90, [name]),
-        (80, [name]),
-    ]
+    name, workload = next(iter(variants.items()))
+    tasks = gate.plan([workload], (80, 90), every=False, turns=False)
+    assert [task[1:3] for task in tasks] == [(90, [name]), (80, [name])]
+    assert all(workload.raced for workload in gate.covered(with_variants=False))
 
 
 @needs_triton

@@ -14,6 +14,7 @@ import contextlib
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -157,9 +158,9 @@ def _text(options, without=("enable_fp_fusion",)):
 # --- compiling ------------------------------------------------------------------------------------
 
 
-def covered() -> list:
+def covered(with_variants: bool = True) -> list:
     """All that the gate compiles: what is raced, and the variants."""
-    return catalogue() + variants()
+    return catalogue() + (variants() if with_variants else [])
 
 
 def compile_group(names, chip: int, candidates: int | None) -> list[Compiled]:
@@ -248,6 +249,11 @@ def _quiet():
         os.close(nowhere)
 
 
+def _leave_interrupts_alone():
+    """Ctrl-C is for the process that waits: it ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _task(arguments):
     """In a process of its own: what it compiled, and whether it stayed without PyTorch."""
     group, chip, names, candidates = arguments
@@ -257,30 +263,28 @@ def _task(arguments):
     return group, chip, compiled
 
 
-def plan(chips, every: bool, names=None) -> list[tuple]:
+def plan(workloads, chips, every: bool, turns: bool = True) -> list[tuple]:
     """(group, chip, names of its workloads, number of candidates): what is compiled by one process,
-    what takes longest first. Variants take turns: each is compiled for one of the chips, unless
-    all is asked for, or these names.
+    what takes longest first. With turns, and unless it is every candidate that is wanted, variants
+    take turns: each is compiled for one of the chips.
     """
     groups, tasks = {}, []
-    for workload in covered():
-        if names is None or workload.name in names:
-            groups.setdefault(workload.group, []).append(workload)
+    for workload in workloads:
+        groups.setdefault(workload.group, []).append(workload)
     for turn, chip in enumerate(sorted(chips, key=lambda chip: chip != TUNED_FIRST)):
         candidates = None if every else _SAMPLE * (chip == TUNED_FIRST)
         for group, members in groups.items():
-            if not (members[0].raced or every or names):
+            if turns and not every and not members[0].raced:
                 members = members[turn :: len(chips)]
             if members:
                 tasks.append((group, chip, [workload.name for workload in members], candidates))
     return tasks
 
 
-def compile_all(chips, every: bool, names=None, processes: int = 2, say=print):
-    """All workloads, or those of these names, for all chips. TRITON_INTERPRET must not be set."""
-    tasks, found = plan(chips, every, names), {}
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(min(processes, len(tasks))) as pool:
+def compile_all(tasks, processes: int = 2, say=print) -> list[Compiled]:
+    """What `plan` says. TRITON_INTERPRET must not be set."""
+    found, context = {}, multiprocessing.get_context("spawn")
+    with context.Pool(min(processes, len(tasks)), _leave_interrupts_alone) as pool:
         for group, chip, compiled in pool.imap_unordered(_task, tasks):
             say(f"sm_{chip} {group}: {len(compiled)} kernels")
             for c in compiled:  # other groups may have met it, too
@@ -294,7 +298,9 @@ def compile_all(chips, every: bool, names=None, processes: int = 2, say=print):
 
 def tables(found: list[Compiled]) -> list[Table]:
     """A table for each chip: what runs by default, line by line, and candidates."""
-    columns = ["kernel", "registers", "shared KiB", "warps", "occupancy", "code", "configuration"]
+    columns = [
+        "kernel", "of", "registers", "shared KiB", "warps", "occupancy", "code", "configuration",
+    ]  # fmt: skip
     result = []
     for chip in sorted({c.chip for c in found}):
         rows = [_row(c) for c in found if c.chip == chip]
@@ -308,6 +314,7 @@ def _row(c):
     )
     return [
         ("FAILED " if c.problems else "") + ("candidate " if c.candidate else "") + c.kernel,
+        "".join(c.workloads[:1]),
         str(c.registers),
         f"{c.shared / 1024:.0f}",
         str(c.warps),
