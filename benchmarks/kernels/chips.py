@@ -17,6 +17,7 @@ class Chip:
     shared         bytes of shared memory that all blocks on a multiprocessor have
     warps, blocks  how many of them fit on a multiprocessor
     matrix         the tensor cores' instructions in machine code, on their newest path
+    tma            whether our products load through its copy engine
     """
 
     name: str
@@ -25,6 +26,7 @@ class Chip:
     warps: int
     blocks: int
     matrix: tuple[str, ...]
+    tma: bool = False
 
     def occupancy(self, registers: int, shared: int, warps: int) -> float:
         """The share of the multiprocessor's warps that are there if it is full of such blocks:
@@ -46,8 +48,8 @@ CHIPS = {
     80: Chip("A100", 166_912, 167_936, 64, 32, ("HMMA",)),
     86: Chip("RTX 30, A10, A40", *_SMALL, 16, ("HMMA",)),
     89: Chip("RTX 40, L4, L40", *_SMALL, 24, ("HMMA",)),
-    90: Chip("H100, H200", 232_448, 233_472, 64, 32, ("HGMMA",)),
-    100: Chip("B200", 232_448, 233_472, 64, 32, ("UTCHMMA", "UTCQMMA", "UTCMMA")),
+    90: Chip("H100, H200", 232_448, 233_472, 64, 32, ("HGMMA",), tma=True),
+    100: Chip("B200", 232_448, 233_472, 64, 32, ("UTCHMMA", "UTCQMMA", "UTCMMA"), tma=True),
     120: Chip("RTX 50", *_SMALL, 24, ("HMMA",)),
 }
 DEFAULT = (80, 90, 100)  # what the gate compiles for unless told otherwise

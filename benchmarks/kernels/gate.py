@@ -93,7 +93,7 @@ def judge(found: Compiled, native: bool, tma: bool) -> list[str]:
         problems.append(f"claims tensor cores, but there is no {' or '.join(chip.matrix)}")
     if found.chip >= 90 and found.descriptors and not has.get("UTMALDG"):
         problems.append("loads through tensor descriptors without UTMALDG")
-    if found.chip >= 90 and found.dots and tma and not found.descriptors:
+    if chip.tma and found.dots and tma and not found.descriptors:
         problems.append("claims TMA, but loads through no tensor descriptor")
     return problems
 
