@@ -106,7 +106,16 @@ def _attention(q, k, v, M=True, B=0.0, D=None, *, causal=False, scale=None):
     return (D * torch.where(seen, scores.clamp(min=-1e300).softmax(-1), 0.0)) @ v
 
 
+def rope(x, cos, sin, *, interleaved=False):
+    """By complex numbers: (a + ib)(cos + i sin)."""
+    pairs = x.unflatten(-1, (-1, 2)) if interleaved else x.unflatten(-1, (2, -1)).mT
+    turned = torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin)
+    pairs = torch.view_as_real(turned)
+    return (pairs if interleaved else pairs.mT).flatten(-2)
+
+
 _OTHERWISE = {
+    "rope": rope,
     "power": torch.pow,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "clip": lambda x, *, low=None, high=None: torch.clamp(x, low, high),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as TF  # noqa: N812
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import agree, to_torch, torch_grad
+from oracles import agree, rope, to_torch, torch_grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinygrad_llm import Tensor, backend, grad
@@ -40,6 +40,7 @@ def same(ours, theirs, *arrays, relative=1e-10):
 # --- one line for each function -------------------------------------------------------------------
 
 X = randn(2, 3, 4)
+COS, SIN = np.cos(randn(3, 2)), np.sin(randn(3, 2))
 HIDDEN = np.arange(4) % 2 == np.ones((3, 1))
 P = np.random.default_rng(0).uniform(0.01, 0.99, (2, 3))
 LOGITS, TARGETS = randn(6, 5), np.array([0, 4, -100, 2, 2, -100])
@@ -56,6 +57,16 @@ CASES = {
     "gelu tanh": (lambda x: F.gelu(x, "tanh"), lambda x: TF.gelu(x, approximate="tanh"), X),
     "sigmoid": (F.sigmoid, torch.sigmoid, X),
     "tanh": (F.tanh, torch.tanh, X),
+    "rope": (
+        lambda x: F.rope(x, Tensor(COS), Tensor(SIN)),
+        lambda x: rope(x, to_torch(COS), to_torch(SIN)),
+        X,
+    ),
+    "rope interleaved": (
+        lambda x: F.rope(x, Tensor(COS), Tensor(SIN), interleaved=True),
+        lambda x: rope(x, to_torch(COS), to_torch(SIN), interleaved=True),
+        X,
+    ),
     "softmax": (F.softmax, lambda x: TF.softmax(x, -1), X),
     "softmax 0": (lambda x: F.softmax(x, axis=0), lambda x: TF.softmax(x, 0), X),
     "log_softmax": (F.log_softmax, lambda x: TF.log_softmax(x, -1), X),

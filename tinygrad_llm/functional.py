@@ -150,6 +150,20 @@ def rms_norm(x, weight, eps=1e-5):
     return apply(TABLE["rms_norm"], x, weight, eps=eps)
 
 
+def rope(x, cos, sin, interleaved=False):
+    """Rotary positions: x (..., T, d) with each pair of a head's numbers turned; cos, sin (T, d/2).
+
+    Pairs are (k, k + d/2) or, if interleaved, (2k, 2k + 1).
+    """
+    expected = (*x.shape[-2:-1], x.shape[-1] // 2)
+    if x.ndim < 2 or x.shape[-1] % 2 or not cos.shape == sin.shape == expected:
+        raise ValueError(
+            f"rope: x {x.shape}, cos {cos.shape}, sin {sin.shape} do not fit; expected (..., T, d) "
+            "with an even d, (T, d/2), (T, d/2)"
+        )
+    return apply(TABLE["rope"], x, cos, sin, interleaved=interleaved)
+
+
 def dropout(x, p=0.5, training=True, generator=None):
     """In training: zeroes each element with probability p, divides the others by 1 - p."""
     x = _tensor(x)

@@ -33,7 +33,9 @@ class GPTConfig:
     emb_dim         channels that a token has between the blocks
     n_heads         heads of the attention; must divide emb_dim
     n_layers        transformer blocks
-    drop_rate       probability of dropout, in training only
+    drop_rate       probability of dropout, in training only; separately, if given:
+    drop_rate_emb, drop_rate_attn, drop_rate_shortcut
+                    of the embeddings, the attention's weights, what a block adds
     qkv_bias        whether q, k and v have biases; OpenAI's GPT-2 has them
     tie_weights     whether the output head is the table of token embeddings, as in GPT-2
     """
@@ -46,12 +48,17 @@ class GPTConfig:
     drop_rate: float = 0.1
     qkv_bias: bool = False
     tie_weights: bool = True
+    drop_rate_emb: float | None = None
+    drop_rate_attn: float | None = None
+    drop_rate_shortcut: float | None = None
 
     def __post_init__(self):
         sizes = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
         check_sizes("GPTConfig", **{name: getattr(self, name) for name in sizes})
         check_divides("GPTConfig", n_heads=self.n_heads, emb_dim=self.emb_dim)
-        check_probability("GPTConfig", drop_rate=self.drop_rate)
+        rates = "drop_rate", "drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut"
+        given = {name: getattr(self, name) for name in rates if getattr(self, name) is not None}
+        check_probability("GPTConfig", **{"drop_rate": self.drop_rate, **given})
         for name in ("qkv_bias", "tie_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"GPTConfig: {name} is True or False, not {getattr(self, name)!r}")
@@ -76,41 +83,62 @@ class GPTConfig:
         return cls(**values)
 
     def to_dict(self) -> dict:
-        """Name -> value, as JSON can hold it."""
-        return asdict(self)
+        """Name -> value, as JSON can hold it; options that are not in use are left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def dropout(self, where: str) -> float:
+        """The probability for "emb", "attn" or "shortcut"."""
+        rate = getattr(self, f"drop_rate_{where}")
+        return self.drop_rate if rate is None else rate
+
+    def parameters(self) -> dict[str, int]:
+        """How many numbers each part has, from the shapes alone: nothing is allocated. With
+        tie_weights the output head is the table of tokens, and adds nothing.
+        """
+        V, C, layers = self.vocab_size, self.emb_dim, self.n_layers
+        return {
+            "token embeddings": V * C,
+            "position embeddings": self.context_length * C,
+            "attention: q, k, v": layers * (3 * C * C + (3 * C if self.qkv_bias else 0)),
+            "attention: output": layers * (C * C + C),
+            "feed-forward: up": layers * (4 * C * C + 4 * C),
+            "feed-forward: down": layers * (4 * C * C + C),
+            "norms": (2 * layers + 1) * 2 * C,
+            "output head": V * C,
+        }
 
     def num_parameters(self) -> int:
-        """How many numbers the model trains, from the shapes alone: nothing is allocated."""
-        V, C = self.vocab_size, self.emb_dim
-        norm = C + C
-        attention = C * 3 * C + (3 * C if self.qkv_bias else 0) + C * C + C  # qkv, out_proj
-        feed_forward = C * 4 * C + 4 * C + 4 * C * C + C  # up, down
-        block = norm + attention + norm + feed_forward
-        embeddings = V * C + self.context_length * C
-        head = 0 if self.tie_weights else V * C
-        return embeddings + self.n_layers * block + norm + head
+        """How many numbers the model trains."""
+        parts = self.parameters()
+        return sum(parts.values()) - (parts["output head"] if self.tie_weights else 0)
 
 
 class GPT(Module):
     """Token ids in, logits of the next token out.  ids (B, T) integers -> (B, T, V) float32
 
     Radford et al., "Language Models are Unsupervised Multitask Learners", 2019 (GPT-2).
-    `generator` draws the weights and the dropout masks; default: random.default_generator. Weights
-    that are about to be loaded need not be drawn: `with nn.no_init(): model = GPT(cfg)`.
+    generator   draws the weights and the dropout masks; default: random.default_generator
+    init        "gpt2": as init_weights says; "torch": each layer as PyTorch starts it, from the
+                first to the last, which gives the numbers of the book that this follows
+
+    Weights that are about to be loaded need not be drawn: `with nn.no_init(): model = GPT(cfg)`.
     """
 
-    def __init__(self, cfg: GPTConfig, generator: Generator | None = None):
+    def __init__(self, cfg: GPTConfig, generator: Generator | None = None, init: str = "gpt2"):
+        if init not in ("gpt2", "torch"):
+            raise ValueError(f"GPT: init is 'gpt2' or 'torch', not {init!r}")
         self.cfg = cfg
-        with no_init():  # init_weights draws them all
+        with no_init():  # drawn below, all at once
             self.tok_emb = Embedding(cfg.vocab_size, cfg.emb_dim)
             self.pos_emb = Embedding(cfg.context_length, cfg.emb_dim)
-            self.drop_emb = Dropout(cfg.drop_rate, generator)
+            self.drop_emb = Dropout(cfg.dropout("emb"), generator)
             self.blocks = ModuleList(
                 TransformerBlock(
                     emb_dim=cfg.emb_dim,
                     n_heads=cfg.n_heads,
                     context_length=cfg.context_length,
-                    dropout=cfg.drop_rate,
+                    dropout=cfg.dropout("shortcut"),
+                    dropout_attn=cfg.dropout("attn"),
                     qkv_bias=cfg.qkv_bias,
                     generator=generator,
                 )
@@ -120,14 +148,17 @@ class GPT(Module):
             self.out_head = Linear(cfg.emb_dim, cfg.vocab_size, bias=False)
         if cfg.tie_weights:
             self.out_head.weight = self.tok_emb.weight
-        self.init_weights(generator)
+        if init == "gpt2":
+            self.init_weights(generator)
+        else:
+            self.reset_parameters(generator)
 
     def init_weights(self, generator: Generator | None = None) -> None:
         """GPT-2's start: matrices N(0, 0.02), biases 0, gains 1.
 
         Each block adds two terms to the residual stream. Independent terms add their variances, so
         the matrices that write into it are scaled by 1/√(2 n_layers): its size does not grow with
-        depth. For PyTorch's start instead, as in the book, call every layer's reset_parameters.
+        depth.
         """
         writes_residual = ("att.out_proj.weight", "ff.down.weight")
         for name, parameter in self.named_parameters():
@@ -140,28 +171,51 @@ class GPT(Module):
             else:
                 normal_(parameter, 0.0, 0.02, generator)
 
-    def forward(self, ids: Tensor | ArrayLike) -> Tensor:
+    def reset_parameters(self, generator: Generator | None = None) -> None:
+        """PyTorch's start: matrices uniform in ±1/√in, tables N(0, 1); a head that is tied to its
+        table stays so.
+        """
+        tied = self.cfg.tie_weights
+        layers = [self.tok_emb, self.pos_emb]
+        for block in self.blocks:
+            layers += [block.att, block.ff.up, block.ff.down]
+        for layer in layers if tied else [*layers, self.out_head]:
+            layer.reset_parameters(generator)
+
+    def forward(
+        self, ids: Tensor | ArrayLike, segments: Tensor | ArrayLike | None = None
+    ) -> Tensor:
         """Logits of the token that follows each of the given ones.
 
-        ids     (B, T) integers, a Tensor or an array -> (B, T, V)
+        ids         (B, T) integers, a Tensor or an array -> (B, T, V)
+        segments    (B, T) integers, for rows packed with several documents: a token sees its own
+                    document only, and positions start again at 0 in each
         Raises ValueError for other shapes or more than context_length tokens, IndexError for ids
         that are not in the vocabulary, TypeError for ids that are no integers.
         """
         ids = self._checked(ids)  # (B, T)
-        positions = np.arange(ids.shape[1])  # (T,)
+        positions, mask = np.arange(ids.shape[1]), None  # (T,)
+        if segments is not None:
+            positions, mask = packed(segments, ids.shape)  # (B, T), (B, 1, T, T)
         x = self.tok_emb(ids) + self.pos_emb(positions)  # (B, T, C) + (T, C)
         x = self.drop_emb(x)  # (B, T, C)
         for block in self.blocks:
-            x = block(x)  # (B, T, C)
+            x = block(x, mask)  # (B, T, C)
         x = self.final_norm(x)  # (B, T, C)
         return self.out_head(x)  # (B, T, V)
 
-    def loss(self, ids: Tensor | ArrayLike, targets: Tensor | ArrayLike) -> Tensor:
+    def loss(
+        self,
+        ids: Tensor | ArrayLike,
+        targets: Tensor | ArrayLike,
+        segments: Tensor | ArrayLike | None = None,
+    ) -> Tensor:
         """Mean cross-entropy of the targets, a scalar in nats.
 
         ids, targets    (B, T) integers; targets[b, t] follows ids[b, t], and -100 is not counted
+        segments        as in forward
         """
-        logits = self(ids)  # (B, T, V)
+        logits = self(ids, segments)  # (B, T, V)
         return F.cross_entropy(logits, targets)  # ()
 
     def num_parameters(self) -> int:
@@ -192,3 +246,22 @@ class GPT(Module):
                 f"vocab_size {vocab_size}"
             )
         return ids
+
+
+def packed(segments: Tensor | ArrayLike, shape: tuple) -> tuple[np.ndarray, Tensor]:
+    """For rows of several documents: each token's position in its own, (B, T), and which tokens are
+    of the same one, (B, 1, T, T). A document ends where the number
+    changes. ValueError for another shape.
+    """
+    segments = segments.data if isinstance(segments, Tensor) else np.asarray(segments)
+    if segments.shape != shape or segments.dtype.kind not in "iu":
+        raise ValueError(
+            f"GPT: segments are {segments.dtype} of shape {segments.shape}; "
+            f"expected integers of shape {shape}"
+        )
+    begins = np.ones(shape, bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    t = np.arange(shape[1])
+    starts = np.maximum.accumulate(np.where(begins, t, 0), axis=1)  # (B, T)
+    same = starts[:, :, None] == starts[:, None, :]
+    return t - starts, Tensor(same[:, None])

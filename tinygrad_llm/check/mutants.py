@@ -589,6 +589,10 @@ _SHAPE = {
         ),
         ("indices that repeat are averaged", "xp.scatter(g, t,", "xp.scatter(g / t.shape[-1], t,"),
     ),
+    "rope.vjp": (
+        ("turned further, not back", "-sin", "sin"),
+        ("turned in the other layout", "interleaved=interleaved)", "interleaved=not interleaved)"),
+    ),
     "scatter.vjp": (("counted from the end", "xp.gather(g, t)", "xp.gather(g, size - 1 - t)"),),
 }
 

@@ -12,10 +12,11 @@ import typer
 from .check import check
 from .errors import UsageError, UserError, described
 from .generate import generate
+from .info import info
 from .screen import PROGRAM
 from .train import train
 
-COMMANDS = [train, generate, check]  # in the order of --help
+COMMANDS = [train, generate, info, check]  # in the order of --help
 
 app = typer.Typer(
     add_completion=False,

@@ -16,6 +16,7 @@ from .layers import (
     Tanh,
 )
 from .module import Buffer, Module, ModuleList, Parameter, Sequential
+from .position import RelativePositionBias, RotaryEmbedding, Yarn, sinusoidal_positions
 
 __all__ = [
     "GELU",
@@ -31,11 +32,15 @@ __all__ = [
     "Parameter",
     "RMSNorm",
     "ReLU",
+    "RelativePositionBias",
+    "RotaryEmbedding",
     "Sequential",
     "SiLU",
     "Sigmoid",
     "Tanh",
     "TransformerBlock",
+    "Yarn",
     "init",
     "no_init",
+    "sinusoidal_positions",
 ]

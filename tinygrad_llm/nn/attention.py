@@ -3,9 +3,14 @@
 Letters in the shapes: B sequences in the batch, T tokens in each, C channels, H heads of D = C / H.
 """
 
+from itertools import pairwise
+
+import numpy as np
+
 from .. import functional as F  # noqa: N812 (PyTorch's name for it)
 from ..random import Generator
 from ..tensor import Tensor
+from .init import no_init
 from .layers import (
     GELU,
     Dropout,
@@ -14,18 +19,26 @@ from .layers import (
     check_divides,
     check_probability,
     check_sizes,
+    reset_linear,
 )
 from .module import Module
+from .position import RotaryEmbedding
 
 
 class MultiHeadAttention(Module):
     """Each token collects from the tokens it may see, in H ways.  (..., T, d_in) -> (..., T, d_out)
 
-    Queries, keys and values come from one matrix, `qkv` (3 d_out, d_in): first the rows that make
-    the queries, then keys, then values. causal: a token sees itself and those before it. dropout:
-    the probability with which, in training, a weight of the attention is zeroed.
-    Raises ValueError if n_heads does not divide d_out, or for more than context_length tokens.
-    Vaswani et al., "Attention Is All You Need", 2017.
+    Queries, keys and values come from one matrix, `qkv`: first the rows that make the queries
+    (d_out of them), then keys, then values.
+
+    causal      a token sees itself and those before it
+    dropout     the probability with which, in training, a weight of the attention is zeroed
+    n_kv_heads  fewer heads of keys and values than of queries: H / n_kv_heads heads share one
+                (grouped-query attention: Ainslie et al., 2023); H by default
+    window      with causal: a token sees itself and the window - 1 before it (Beltagy et al., 2020)
+    rope        a RotaryEmbedding of width d_out / H, which turns queries and keys
+    Raises ValueError if n_heads does not divide d_out, or n_kv_heads n_heads, or for more than
+    context_length tokens. Vaswani et al., "Attention Is All You Need", 2017.
     """
 
     def __init__(
@@ -37,47 +50,102 @@ class MultiHeadAttention(Module):
         dropout: float = 0.0,
         qkv_bias: bool = False,
         causal: bool = True,
+        n_kv_heads: int | None = None,
+        window: int | None = None,
+        rope: RotaryEmbedding | None = None,
         generator: Generator | None = None,
     ):
         owner = "MultiHeadAttention"
-        check_sizes(owner, d_out=d_out, context_length=context_length, n_heads=n_heads)
+        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        window = context_length if window is None else window
+        sizes = {"d_out": d_out, "context_length": context_length, "window": window}
+        check_sizes(owner, **sizes, n_heads=n_heads, n_kv_heads=n_kv_heads)
         check_divides(owner, n_heads=n_heads, d_out=d_out)
+        check_divides(owner, n_kv_heads=n_kv_heads, n_heads=n_heads)
         check_probability(owner, dropout=dropout)
-        self.d_out, self.n_heads = d_out, n_heads
-        self.context_length = context_length
+        if window < context_length and not causal:
+            raise ValueError(f"{owner}: a window needs causal=True")
+        self.d_out, self.n_heads, self.n_kv_heads = d_out, n_heads, n_kv_heads
+        self.head_dim = d_out // n_heads
+        self.context_length, self.window, self.rope = context_length, window, rope
         self.dropout, self.causal, self.generator = dropout, causal, generator
-        self.qkv = Linear(d_in, 3 * d_out, bias=qkv_bias, generator=generator)
-        self.out_proj = Linear(d_out, d_out, generator=generator)
+        rows = (n_heads + 2 * n_kv_heads) * self.head_dim
+        with no_init():  # reset_parameters draws them
+            self.qkv = Linear(d_in, rows, bias=qkv_bias)
+            self.out_proj = Linear(d_out, d_out)
+        self.reset_parameters(generator)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., T, d_in) -> (..., T, d_out); in a GPT, ... is B."""
-        q, k, v = F.split(self.qkv(x), self.d_out, axis=-1)  # 3 of (B, T, C)
-        q, k, v = self._heads(q), self._heads(k), self._heads(v)  # 3 of (B, H, T, D)
-        longest = self.context_length
-        if k.shape[-2] > longest:
+    def reset_parameters(self, generator: Generator | None = None) -> None:
+        """Draws the weights anew, in the order of three layers for q, k and v, each with its bias,
+        and one for the output.
+        """
+        for part in self._parts():
+            reset_linear(self.qkv, part, generator)
+        self.out_proj.reset_parameters(generator)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (..., T, d_in) -> (..., T, d_out); in a GPT, ... is B.
+
+        mask    booleans that broadcast to (..., H, T, T): which keys may be seen, besides causal
+        """
+        T, longest = x.shape[-2], self.context_length
+        if longest < T:
             raise ValueError(
-                f"MultiHeadAttention: {k.shape[-2]} tokens exceed context_length {longest}; "
+                f"MultiHeadAttention: {T} tokens exceed context_length {longest}; "
                 f"keep the last {longest}"
             )
+        qkv = self.qkv(x)  # (B, T, C + 2 C / R) for R heads of queries that share one of keys
+        q, k, v = (self._heads(qkv[..., part]) for part in self._parts())  # (B, H, T, D)
+        if self.rope is not None:
+            q, k = self.rope(q), self.rope(k)
+        if self.n_kv_heads < self.n_heads:  # (B, H / R, R, T, D) and (B, H / R, 1, T, D)
+            q = q.reshape(*q.shape[:-3], self.n_kv_heads, -1, *q.shape[-2:])
+            k, v = k.unsqueeze(-3), v.unsqueeze(-3)
+            mask = self._grouped(mask)
         y = F.scaled_dot_product_attention(
             q,
             k,
             v,
+            mask=self._windowed(mask, T),
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=self.causal,
             generator=self.generator,
         )  # (B, H, T, D)
+        y = y.reshape(*x.shape[:-2], self.n_heads, T, self.head_dim)
         y = y.transpose(-3, -2).flatten(-2)  # (B, T, C): the heads side by side
         return self.out_proj(y)  # (B, T, C)
 
+    def _parts(self):
+        """Which channels of qkv are queries, keys and values."""
+        queries, keys = self.d_out, self.n_kv_heads * self.head_dim
+        bounds = 0, queries, queries + keys, queries + 2 * keys
+        return [slice(begin, end) for begin, end in pairwise(bounds)]
+
     def _heads(self, x):
         """(B, T, C) -> (B, H, T, D): channels 0..D-1 are head 0, and so on."""
-        D = self.d_out // self.n_heads
-        x = x.reshape(*x.shape[:-1], self.n_heads, D)  # (B, T, H, D)
+        x = x.reshape(*x.shape[:-1], -1, self.head_dim)  # (B, T, H, D)
         return x.transpose(-3, -2)  # (B, H, T, D)
 
+    def _grouped(self, mask):
+        """A mask for heads (H / R, R) in place of H."""
+        if mask is None or mask.ndim < 3:
+            return mask
+        H, shape = mask.shape[-3], mask.shape
+        groups = (1, 1) if H == 1 else (self.n_kv_heads, H // self.n_kv_heads)
+        return mask.reshape(*shape[:-3], *groups, *shape[-2:])
+
+    def _windowed(self, mask, T):
+        """`mask`, less the keys that are too far back."""
+        if self.window >= T:
+            return mask
+        near = np.triu(np.ones((T, T), bool), k=1 - self.window)
+        return Tensor(near if mask is None else near & mask.data)
+
     def extra_repr(self) -> str:
-        return f"n_heads={self.n_heads}, causal={self.causal}, dropout={self.dropout}"
+        shown = f"n_heads={self.n_heads}, causal={self.causal}, dropout={self.dropout}"
+        if self.n_kv_heads < self.n_heads:
+            shown += f", n_kv_heads={self.n_kv_heads}"
+        return shown if self.window == self.context_length else f"{shown}, window={self.window}"
 
 
 class FeedForward(Module):
@@ -100,7 +168,8 @@ class TransformerBlock(Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)).  (B, T, C) -> (B, T, C)
 
     Normalising before (pre-LN) leaves the sum itself untouched, so that gradients reach the first
-    block unscaled.
+    block unscaled. In training, dropout zeroes elements of what is added, with probability
+    `dropout`, and weights of the attention, with probability `dropout_attn` (`dropout` by default).
     """
 
     def __init__(
@@ -110,6 +179,7 @@ class TransformerBlock(Module):
         context_length: int,
         dropout: float = 0.0,
         qkv_bias: bool = False,
+        dropout_attn: float | None = None,
         generator: Generator | None = None,
     ):
         self.norm1 = LayerNorm(emb_dim)
@@ -118,7 +188,7 @@ class TransformerBlock(Module):
             d_out=emb_dim,
             context_length=context_length,
             n_heads=n_heads,
-            dropout=dropout,
+            dropout=dropout if dropout_attn is None else dropout_attn,
             qkv_bias=qkv_bias,
             generator=generator,
         )
@@ -126,7 +196,7 @@ class TransformerBlock(Module):
         self.ff = FeedForward(emb_dim, generator=generator)
         self.drop = Dropout(dropout, generator)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, C) -> (B, T, C)."""
-        x = x + self.drop(self.att(self.norm1(x)))  # (B, T, C)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (B, T, C) -> (B, T, C); mask as in MultiHeadAttention."""
+        x = x + self.drop(self.att(self.norm1(x), mask))  # (B, T, C)
         return x + self.drop(self.ff(self.norm2(x)))  # (B, T, C)

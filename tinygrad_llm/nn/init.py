@@ -29,12 +29,17 @@ def no_init() -> Iterator[None]:
 
 
 def uniform_(
-    parameter: Tensor, low: float, high: float, generator: random.Generator | None = None
+    parameter: Tensor,
+    low: float,
+    high: float,
+    generator: random.Generator | None = None,
+    rows: slice = slice(None),
 ) -> None:
-    """Uniform numbers in [low, high)."""
+    """Uniform numbers in [low, high), in all rows or in these."""
     if not _skipping.on:
         generator = generator or random.default_generator
-        parameter.data[...] = generator.uniform(low, high, parameter.shape)
+        part = parameter.data[rows]
+        part[...] = generator.uniform(low, high, part.shape)
 
 
 def normal_(

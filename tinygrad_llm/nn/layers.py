@@ -37,10 +37,7 @@ class Linear(Module):
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
         """Draws the weights anew, then the bias."""
-        bound = 1 / math.sqrt(self.in_features)
-        init.uniform_(self.weight, -bound, bound, generator)
-        if self.bias is not None:
-            init.uniform_(self.bias, -bound, bound, generator)
+        reset_linear(self, slice(None), generator)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -156,6 +153,14 @@ class Sigmoid(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.sigmoid(x)
+
+
+def reset_linear(layer: Linear, rows: slice, generator: Generator | None = None) -> None:
+    """Draws these rows of the weight anew, then these elements of the bias."""
+    bound = 1 / math.sqrt(layer.in_features)
+    init.uniform_(layer.weight, -bound, bound, generator, rows)
+    if layer.bias is not None:
+        init.uniform_(layer.bias, -bound, bound, generator, rows)
 
 
 # --- arguments ------------------------------------------------------------------------------------

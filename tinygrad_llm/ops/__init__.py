@@ -119,4 +119,4 @@ def op(signature="", *, fixed="", examples=None, **domains):
 
 
 # Registers every op, by importing the files that hold them.
-from . import attention, elementwise, linear, loss, norm, reduce, shape  # noqa: E402, F401
+from . import attention, elementwise, linear, loss, norm, position, reduce, shape  # noqa: E402, F401

@@ -1,0 +1,157 @@
+"""Where a token stands: learned and sinusoidal positions, relative biases, rotary embeddings.
+
+Attention sees a set of tokens, in no order. Position can be added to the embeddings (absolute), to
+the scores as a function of the distance (relative), or turned into q and k, so that their product
+depends on the distance alone (rotary).
+"""
+
+import math
+
+import numpy as np
+
+from .. import functional as F  # noqa: N812 (PyTorch's name for it)
+from ..tensor import Tensor
+from .layers import check_sizes
+from .module import Module, Parameter
+
+
+def sinusoidal_positions(context_length: int, dim: int, base: float = 10000.0) -> Tensor:
+    """A fixed table of positions, (context_length, dim) float32: sin and cos of
+    pos / base^(2k/dim) in columns 2k and 2k + 1. Vaswani et al., 2017, section 3.5.
+    """
+    check_sizes("sinusoidal_positions", context_length=context_length, dim=dim)
+    angles = np.arange(context_length)[:, None] * base ** (-np.arange(0, dim, 2) / dim)
+    table = np.empty((context_length, dim), np.float32)
+    table[:, 0::2] = np.sin(angles)
+    table[:, 1::2] = np.cos(angles[:, : dim // 2])
+    return Tensor(table)
+
+
+class RelativePositionBias(Module):
+    """A number for each head and distance, added to the scores.  (T, S) -> (H, T, S)
+
+    Distances of `max_distance` and more share one number, those of keys ahead too: weight
+    (2 max_distance + 1, H), row max_distance is that of the token itself. Starts at zero. Shaw et
+    al., "Self-Attention with Relative Position Representations", 2018; as a bias: Raffel et al.
+    (T5), 2020.
+    """
+
+    def __init__(self, max_distance: int, n_heads: int):
+        check_sizes("RelativePositionBias", max_distance=max_distance, n_heads=n_heads)
+        self.max_distance = max_distance
+        self.weight = Parameter(np.zeros((2 * max_distance + 1, n_heads), np.float32))
+
+    def forward(self, queries: int, keys: int) -> Tensor:
+        """For the last `queries` of `keys` tokens; as a `mask` of scaled_dot_product_attention."""
+        i, j = np.arange(keys - queries, keys)[:, None], np.arange(keys)
+        distance = np.clip(j - i, -self.max_distance, self.max_distance) + self.max_distance
+        return F.embedding(distance, self.weight).permute(2, 0, 1)  # (T, S, H) -> (H, T, S)
+
+    def extra_repr(self) -> str:
+        return f"max_distance={self.max_distance}, n_heads={self.weight.shape[1]}"
+
+
+class RotaryEmbedding:
+    """The angles of rotary position embeddings: pair k of a head turns by pos · base^(-2k/dim).
+
+    Su et al., "RoFormer", 2021. For contexts longer than in training:
+
+    scale       positions are divided by it: position interpolation (Chen et al., 2023); 2048 to
+                8192 tokens is scale 4
+    yarn        interpolates only pairs that turn slowly (Peng et al., "YaRN", 2023): a Yarn
+
+    cos, sin    (context_length, dim / 2) float32 Tensors
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        context_length: int,
+        base: float = 10000.0,
+        scale: float = 1.0,
+        yarn: "Yarn | None" = None,
+    ):
+        check_sizes("RotaryEmbedding", dim=dim, context_length=context_length)
+        if dim % 2:
+            raise ValueError(f"RotaryEmbedding: dim is {dim}; expected an even number")
+        if not (scale > 0 and base > 0):
+            raise ValueError(f"RotaryEmbedding: scale {scale} and base {base} must be above 0")
+        speeds = base ** (-np.arange(0, dim, 2) / dim) / scale  # radians a position
+        length = 1.0
+        if yarn is not None:
+            speeds, length = yarn.speeds(speeds, base, dim), yarn.length
+        angles = np.arange(context_length)[:, None] * speeds
+        self.cos = Tensor((np.cos(angles) * length).astype(np.float32))
+        self.sin = Tensor((np.sin(angles) * length).astype(np.float32))
+
+    def __call__(self, x: Tensor, start: int = 0, interleaved: bool = False) -> Tensor:
+        """x (..., T, dim), the first at position `start`, turned. Raises ValueError beyond
+        context_length.
+        """
+        end = start + x.shape[-2]
+        if end > self.cos.shape[0] or start < 0:
+            raise ValueError(
+                f"RotaryEmbedding: positions {start} to {end - 1} exceed context_length "
+                f"{self.cos.shape[0]}"
+            )
+        return F.rope(x, self.cos[start:end], self.sin[start:end], interleaved)
+
+
+class Yarn:
+    """How YaRN stretches `original` positions by `factor` (Peng et al., 2023).
+
+    A pair that turns more than `fast` times over the original context keeps its speed, since what
+    it tells is local; one that turns less than `slow` times is interpolated; between them, a linear
+    ramp. q and k get longer by `length` = 0.1 ln factor + 1, which sharpens the softmax.
+    """
+
+    def __init__(self, factor: float, original: int, fast: float = 32.0, slow: float = 1.0):
+        check_sizes("Yarn", original=original)
+        if not factor >= 1 or not fast > slow > 0:
+            raise ValueError(
+                f"Yarn: factor {factor}, fast {fast}, slow {slow}; expected factor >= 1 and "
+                "fast > slow > 0"
+            )
+        self.factor, self.original, self.fast, self.slow = factor, original, fast, slow
+        self.length = 0.1 * math.log(factor) + 1
+
+    def speeds(self, speeds: np.ndarray, base: float, dim: int) -> np.ndarray:
+        """Radians a position of each pair, stretched."""
+        low, high = (self._pair(turns, base, dim) for turns in (self.fast, self.slow))
+        low, high = max(math.floor(low), 0), min(math.ceil(high), dim - 1)
+        ramp = (np.arange(dim // 2) - low) / max(high - low, 1e-3)
+        stretched = np.clip(ramp, 0, 1)  # 0: as it was, 1: interpolated
+        return speeds * (1 - stretched) + speeds / self.factor * stretched
+
+    def _pair(self, turns, base, dim):
+        """Which pair, as a real number, turns so many times over the original context."""
+        return dim * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+
+# --- layouts --------------------------------------------------------------------------------------
+
+
+def interleaved_from_halves(weight: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows of q's or k's weight, or elements of its bias, reordered: rope with interleaved=True
+    then gives the scores that rope without gave before.  (H head_dim, ...) -> the same shape
+    """
+    return _reordered(weight, (2, _half(weight, head_dim)))
+
+
+def halves_from_interleaved(weight: np.ndarray, head_dim: int) -> np.ndarray:
+    """The way back."""
+    return _reordered(weight, (_half(weight, head_dim), 2))
+
+
+def _half(weight, head_dim):
+    if head_dim % 2 or weight.shape[0] % head_dim:
+        raise ValueError(
+            f"weight has {weight.shape[0]} rows; expected a multiple of head_dim {head_dim}, which "
+            "is even"
+        )
+    return head_dim // 2
+
+
+def _reordered(weight, pair):
+    heads = weight.reshape(-1, *pair, *weight.shape[1:])
+    return heads.swapaxes(1, 2).reshape(weight.shape)
