@@ -283,7 +283,7 @@ def compile_kernels(only, chip, every, variants, processes, save, results):
     from .kernels.chips import DEFAULT
 
     started = time.monotonic()
-    workloads = matching(gate.covered(variants), only, "workload")
+    workloads = matching(gate.covered(variants, every or bool(only)), only, "workload")
     chips = [int(c) for c in chip or DEFAULT]
     tasks = gate.plan(workloads, chips, every, turns=not only)
     found = gate.compile_all(tasks, processes, say)

@@ -20,7 +20,7 @@ from benchmarks.kernels import gate, race, workloads  # noqa: E402
 from benchmarks.kernels.chips import CHIPS, DEFAULT  # noqa: E402
 from benchmarks.kernels.gate import Compiled, judge, sample  # noqa: E402
 from benchmarks.kernels.picture import draw  # noqa: E402
-from benchmarks.kernels.variants import ATTENTION, DTYPES, HEADS, LINEAR, WIDTHS  # noqa: E402
+from benchmarks.kernels.variants import DTYPES, HEADS, LINEAR, WIDTHS  # noqa: E402
 from benchmarks.kernels.workloads import GROUPS, TINY, Input, Workload, catalogue  # noqa: E402
 from benchmarks.measure import Timing  # noqa: E402
 
@@ -351,26 +351,62 @@ def test_candidates_that_are_tried():
 
 def test_the_gate_covers_every_option():
     """What changes a kernel's machine code is in some variant, with each dtype and precision."""
-    options = set().union(*(options for options, _ in ATTENTION))
-    assert options == {"segments", "window", "shared", "dropout", "causal"}
+    names = [workload.name for workload in gate.covered()]
     types = {"bfloat16", "float16", "float32", "float32 tf32", "float32 tf32x3"}
-    assert {text for _, text in ATTENTION} == {text for *_, text in LINEAR} == types
-    widths = {
-        n.split()[2] for n in (w.name for w in gate.covered()) if n.startswith("attention of")
+    for d in HEADS:
+        at = [name for name in names if name.startswith(f"attention of {d} in ")]
+        for option in ("segments True", "window", "shared 4", "dropout", "causal False"):
+            assert any(option in name for name in at), f"{option} at {d}"
+        for dtype, _, precision in (text.partition(" ") for text in types):
+            wanted = f"in {dtype},", f"precision {precision or 'ieee'}"
+            assert any(all(words in name for words in wanted) for name in at), f"{wanted} at {d}"
+    assert set(HEADS) > {64, 128, 256} and any(d & (d - 1) for d in HEADS)
+    layouts = {  # multiples of 16 bytes or not: factors, outputs
+        (k % 8 == 0, m % 8 == 0): {text for _, k_, m_, _, text in LINEAR if (k_, m_) == (k, m)}
+        for _, k, m, _, _ in LINEAR
     }
-    assert widths == {str(d) for d in HEADS} and set(HEADS) > {64, 128, 256}
+    assert set(layouts) == {(True, True), (False, False), (True, False)}
+    assert all(
+        {"bfloat16"} <= {text for n, k, m, _, text in LINEAR if (k % 8 == 0, m % 8 == 0) == at}
+        for at in layouts
+    )
+    assert {text for *_, text in LINEAR} == types
     assert {activation for *_, activation, _ in LINEAR} == {None, "gelu", "gelu_tanh", "silu"}
-    odd = {text for _, k, m, _, text in LINEAR if k % 2 and m % 2}
-    assert odd >= {"bfloat16", "float16", "float32 tf32x3"}
     assert max(WIDTHS) > 16384 and set(DTYPES) == {"bfloat16", "float32"}
+
+
+@needs_triton
+def test_candidates_have_the_keys_of_their_default():
+    """Or what a search finds would be taken for a table of another version."""
+    program = """
+import sys
+from benchmarks.kernels import gate
+from tinygrad_llm.kernels.gpu import driver, tuning
+
+with driver.compiling(90):
+    for workload in gate.covered():
+        workload.ours(*(x.abstract() for x in workload.inputs))  # imports its module
+        for name, module in list(sys.modules.items()):
+            if name.startswith("tinygrad_llm.kernels.gpu.") and hasattr(module, "launch"):
+                module.launch = lambda *arguments, **options: None  # nothing has to be compiled
+        with tuning.recording() as choices:
+            workload.ours(*(x.abstract() for x in workload.inputs))()
+        for name, key, default, candidates in choices:
+            assert all(c.keys() == default.keys() for c in candidates), (workload.name, name)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_variants_take_turns():
     """Each is compiled for one chip; for all of them if one asks for all, or by name."""
-    variants = {w.name: w for w in gate.covered() if not w.raced}
+    variants = {w.name: w for w in gate.covered(every=False) if not w.raced}
 
     def times(chips, every):
-        tasks = gate.plan(gate.covered(), chips, every)
+        tasks = gate.plan(gate.covered(every=False), chips, every)
         found = [name for _, _, names, _ in tasks for name in names]
         return {found.count(name) for name in variants}, len(found)
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from gpu_harness import ON_GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tinygrad_llm.kernels.gpu import driver, norm, optim, tuning
+from tinygrad_llm.kernels.gpu import driver, linear, norm, optim, tuning
 from tinygrad_llm.kernels.gpu import reduce as kernels
 from tinygrad_llm.kernels.gpu.arrays import Abstract, Array, array
 
@@ -376,6 +376,9 @@ def test_arrays_of_two_libraries_are_refused():
         norm.rms_norm.forward(x, torch.ones(3))
     with pytest.raises(TypeError, match="arrays of numpy and torch in one call"):
         optim.global_norm([x, torch.ones(3)])
+    for more in ((torch.ones(2), None), (None, torch.ones(2, 2))):
+        with pytest.raises(TypeError, match="arrays of numpy and torch in one call"):
+            linear.linear.forward(x, x[:2], *more)
 
 
 # --- the interpreter ------------------------------------------------------------------------------

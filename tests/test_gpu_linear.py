@@ -227,6 +227,11 @@ def in_place(call):
     return call(array(4, 4))
 
 
+def overlapping(call):
+    there = array(5, 4)
+    return call(there[:4], there[1:])
+
+
 def layer_backward(x=None, w=None, g=None, into=None):
     x, w, g = (array(4, 4) if a is None else a for a in (x, w, g))
     return linear.linear.vjp(g, None, x, w, saved=(), needs=(True, True), into=into)
@@ -274,6 +279,11 @@ BAD = [
         lambda: in_place(lambda g: layer_backward(g=g, into=(g, None))),
         ValueError,
         "into's x shares memory with g",
+    ),
+    (
+        lambda: overlapping(lambda a, b: layer_backward(into=(a, b))),
+        ValueError,
+        "into's w shares memory with into's x",
     ),
     (lambda: linear.linear.forward(array(3, 4), array(6, 5)), ValueError, "expected (6, 4)"),
     (
@@ -367,7 +377,7 @@ def test_an_output_that_is_not_aligned_is_written_through_pointers():
 
 def test_few_tiles_are_split():
     def splits(n, k, m):
-        return product._configurations(90, 132, 2, "ieee", True, True, 1, n, k, m)[0]["SPLITS"]
+        return product._configurations(90, 132, 2, "ieee", "tma", True, 1, n, k, m)[0]["SPLITS"]
 
     assert splits(768, 32768, 768) > 1
     assert splits(8192, 768, 50304) == 1
@@ -375,7 +385,7 @@ def test_few_tiles_are_split():
 
 def test_the_same_bits_each_time():
     x = device(np.random.default_rng(0).standard_normal((33, 40)).astype(np.float32))
-    found = product._configurations(80, 2, 4, "ieee", True, True, 1, 33, 40, 33)
+    found = product._configurations(80, 2, 4, "ieee", "tma", True, 1, 33, 40, 33)
     with tuning.using(product=found[-1]):
         first, second = (harness.host(linear.matmul.forward(x, x.T)[0]) for _ in range(2))
     assert np.array_equal(first, second)

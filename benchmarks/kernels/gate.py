@@ -158,9 +158,9 @@ def _text(options, without=("enable_fp_fusion",)):
 # --- compiling ------------------------------------------------------------------------------------
 
 
-def covered(with_variants: bool = True) -> list:
+def covered(with_variants: bool = True, every: bool = True) -> list:
     """All that the gate compiles: what is raced, and the variants."""
-    return catalogue() + (variants() if with_variants else [])
+    return catalogue() + (variants(every) if with_variants else [])
 
 
 def compile_group(names, chip: int, candidates: int | None) -> list[Compiled]:
@@ -265,8 +265,8 @@ def _task(arguments):
 
 def plan(workloads, chips, every: bool, turns: bool = True) -> list[tuple]:
     """(group, chip, names of its workloads, number of candidates): what is compiled by one process,
-    what takes longest first. With turns, and unless it is every candidate that is wanted, variants
-    take turns: each is compiled for one of the chips.
+    the chip with candidates first. With turns, and unless it is every candidate that is wanted,
+    variants take turns: each is compiled for one of the chips.
     """
     groups, tasks = {}, []
     for workload in workloads:

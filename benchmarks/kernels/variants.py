@@ -14,6 +14,7 @@ ATTENTION = (  # what is asked of attention, and dtype and precision
     ({"segments": True}, "bfloat16"),
     ({"window": 256, "shared": 4}, "bfloat16"),
     ({"dropout": 0.1, "segments": True, "window": 256, "shared": 4}, "bfloat16"),
+    ({"dropout": 0.1}, "bfloat16"),
     ({"dropout": 0.1, "causal": False}, "float16"),
     ({"window": 256, "shared": 4}, "float32"),
     ({"dropout": 0.1, "shared": 4}, "float32 tf32"),
@@ -26,6 +27,9 @@ LINEAR = (  # rows, columns of x and of y, what follows, dtype and precision
     (4096, 768, 3072, "gelu", "float32 tf32x3"),
     (4096, 1001, 1003, "gelu_tanh", "bfloat16"),  # rows that no copy engine takes
     (4096, 1001, 1003, "silu", "float32 tf32x3"),
+    (4096, 768, 3001, "gelu", "bfloat16"),  # outputs that none does
+    (4096, 768, 3001, "silu", "float32 tf32x3"),
+    (4096, 768, 3001, None, "float32"),
     (300, 768, 768, "silu", "bfloat16"),
     (300, 1001, 1003, None, "bfloat16"),
     (8, 768, 768, None, "bfloat16"),
@@ -36,12 +40,17 @@ WIDTHS = (768, 8192, 12288, 40000)  # of rows: few, one, or a part of one in reg
 DTYPES = ("bfloat16", "float32")
 
 
-def variants() -> list[Workload]:
-    """All of them. What was raced is not among them."""
+def variants(every: bool = False) -> list[Workload]:
+    """What is not raced; unless it is every one that is wanted, each of attention's options for
+    half of the widths.
+    """
+    groups = {
+        name: make(every) if name == "attention" else make() for name, make in _GROUPS.items()
+    }
     return [
         replace(workload, group=f"variants of {group}")
-        for group, make in _GROUPS.items()
-        for workload in make()
+        for group, workloads in groups.items()
+        for workload in workloads
     ]
 
 
@@ -67,9 +76,9 @@ def _type(text):
 # --- attention ------------------------------------------------------------------------------------
 
 
-def _attention():
+def _attention(every):
     for i, (options, text) in enumerate(ATTENTION):
-        for d in HEADS[i % 2 :: 2]:
+        for d in HEADS if every else HEADS[i % 2 :: 2]:
             dtype, precision = _type(text)
             yield _attention_with(d, dtype, precision=precision, **options)
 

@@ -43,7 +43,7 @@ def writable(out, name, **inputs):
     reach = 0  # of the axes with smaller steps
     for step, length in sorted(zip(map(abs, out.strides), out.shape)):
         if length > 1 and step <= reach:
-            raise ValueError(f"{name} has strides {out.strides}: its own elements overlap")
+            raise ValueError(f"{name} has strides {out.strides}: its own elements may overlap")
         reach += (length - 1) * step
     for other, x in inputs.items():
         if x is not None and not driver.compiles() and _overlap(out, x):

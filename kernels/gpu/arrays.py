@@ -288,7 +288,7 @@ def array(x, name, dtypes=FLOATS, ndim=None):
     except KeyError:
         raise TypeError(f"{name} has dtype {x.dtype}; expected {_either(dtypes)}") from None
     except ValueError as error:
-        raise ValueError(f"{name} has {error}: make a contiguous copy") from None
+        raise ValueError(f"{name} has {error}: expected plain, strided numbers") from None
     if found.dtype not in dtypes:
         raise TypeError(f"{name} has dtype {found.dtype}; expected {_either(dtypes)}")
     if ndim is not None and found.ndim != ndim:

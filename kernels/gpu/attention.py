@@ -22,8 +22,10 @@ the op's y, and L = m + log l is saved: backward has P = e^(S - L) at once.
 """
 
 import math
+import numbers
 from dataclasses import dataclass
 
+import numpy as np
 import triton
 import triton.language as tl
 
@@ -369,6 +371,11 @@ _HOPPER = {
     "attention_vjp_keys": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 32, 8, 1)},
     "attention_vjp_queries": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
 }
+_HOPPER_MORE = {
+    "attention_forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 1)},
+    "attention_vjp_keys": {64: (64, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
+    "attention_vjp_queries": {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+}
 _BLACKWELL = _HOPPER | {
     "attention_vjp_keys": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 32, 8, 1)},
 }
@@ -393,24 +400,28 @@ _AMPERE_DROPOUT = {
     "attention_vjp_queries": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 8, 1)},
 }
 _TABLES = {  # plain; with more than the diagonal to keep in registers; and the words of Philox
-    90: (_HOPPER, _AMPERE, _HOPPER_DROPOUT),
+    90: (_HOPPER, _HOPPER_MORE, _HOPPER_DROPOUT),
     100: (_BLACKWELL, _BLACKWELL_MORE, _BLACKWELL_DROPOUT),
     103: (_BLACKWELL, _BLACKWELL_MORE, _BLACKWELL_DROPOUT),
 }
 _OLDER = (_AMPERE, _AMPERE, _AMPERE_DROPOUT)
-_FLOAT32 = {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
+_FLOAT32 = {
+    "ieee": {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "tf32": {64: (32, 64, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "tf32x3": {64: (32, 32, 8, 1), 128: (16, 16, 8, 1)},
+}
 
 
 def _configuration(BT, BN, num_warps, num_stages):
     return dict(BT=BT, BN=BN, num_warps=num_warps, num_stages=num_stages)
 
 
-def _default(kernel, chip, dtype, width, more, dropout):
+def _default(kernel, chip, dtype, precision, width, more, dropout):
     """The configuration for heads of so many columns. more: a window, segments or shared heads."""
     tiles = _TABLES.get(chip, _OLDER)[2 if dropout else 1 if more else 0]
     width = max(_padded(width), 64)
     if dtype == "float32":  # maxnreg: or the assembler spills some, to fit another block
-        return _configuration(*_FLOAT32[width]) | dict(maxnreg=255)
+        return _configuration(*_FLOAT32[precision][width]) | dict(maxnreg=255)
     return _configuration(*tiles[kernel][width])
 
 
@@ -435,7 +446,9 @@ _TRIED = {
 
 def _candidates(kernel, width, default):
     """The default, then others."""
-    others = [_configuration(*tile) for *tile, widest in _TRIED[kernel] if width <= widest]
+    others = [
+        default | _configuration(*tile) for *tile, widest in _TRIED[kernel] if width <= widest
+    ]
     return [default, *(x for x in others if x != default)]
 
 
@@ -505,9 +518,7 @@ class _Call:
         together = min(max(L2 // shared, 1), heads)
         numbers = H, R, T, n, heads, together, *self.band, self.scale
         randomness = 1 / (1 - self.dropout), self.seed, _threshold(self.dropout)
-        precision = self.precision if q.dtype.itemsize == 4 else "ieee"
-        if precision == "tf32x3" and max(d, e) > 128:
-            precision = "ieee"  # three parts of each number leave no registers
+        precision = _precision(self.precision, q, max(d, e))
         flags = dict(
             D=d, E=e, BD=_padded(d), BE=_padded(e), CAUSAL=self.causal, PRECISION=precision,
             WINDOW=self.window is not None, DROPOUT=self.dropout > 0,
@@ -519,7 +530,7 @@ class _Call:
 
         name = kernel.__name__.lstrip("_")
         more = flags["WINDOW"] or self.segments is not None or (along == "BN" and R > 1)
-        traits = q.dtype, max(d, e), more, flags["DROPOUT"]
+        traits = q.dtype, precision, max(d, e), more, flags["DROPOUT"]
         default = _default(name, driver.capability(), *traits)
         sizes = [next_power_of_2(x) for x in (T, n, heads)]
         key = q.dtype, *flags.values(), self.segments is not None, R, *sizes
@@ -528,6 +539,13 @@ class _Call:
                 name, key, default, lambda: _candidates(name, max(d, e), default), run
             )
         )
+
+
+def _precision(precision, q, width):
+    """The one that is computed with; 16-bit numbers have but one."""
+    if q.dtype.itemsize == 2 or (precision == "tf32x3" and width > 128):
+        return "ieee"  # three parts of each number leave no registers for wider heads
+    return precision
 
 
 def _threshold(p):
@@ -596,8 +614,11 @@ def _refuse_masks(M, B, D):
         "D": (D, 1, "dropout=p, seed=s makes the mask where it is used"),
     }
     for name, (x, default, advice) in instead.items():
-        if not (isinstance(x, (bool, int, float)) and x == default):
-            raise ValueError(f"{name} is an array of T n entries, which no kernel reads: {advice}")
+        if not (isinstance(x, numbers.Number | np.bool_) and x == default):
+            what = "an array" if hasattr(x, "shape") else repr(x)
+            raise ValueError(
+                f"{name} is {what}; expected {default}, as no kernel reads it: {advice}"
+            )
 
 
 def _check_shapes(q, k, v):
@@ -640,7 +661,8 @@ class attention:
                 after the other cost no more than each by itself
     dropout     p: entries of P are dropped with that probability, the others divided by 1 - p
     seed        which ones: 0 to 2⁶³ - 1
-    precision   of float32: "ieee", or on tensor cores "tf32" (10 bits) or "tf32x3" (nearly all)
+    precision   of float32: "ieee", or on tensor cores "tf32" (10 bits) or "tf32x3" (nearly all);
+                the latter is computed as "ieee" for heads wider than 128
 
     A query that sees no key gets zeros. M, B and D stay at the op's defaults.
     """

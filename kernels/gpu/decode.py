@@ -24,6 +24,7 @@ from .attention import (
     _head,
     _load,
     _padded,
+    _precision,
     _scale,
     _side_by_side,
     _window,
@@ -170,9 +171,7 @@ class decode:
         q, k, v, lengths, scale, window = _checked(q, k, v, lengths, scale, window, precision)
         (B, H, T, d), (_, H_k, n, e) = q.shape, v.shape
         y, R = _side_by_side(q, e), H // H_k
-        precision = precision if q.dtype.itemsize == 4 else "ieee"
-        if precision == "tf32x3" and max(d, e) > 128:
-            precision = "ieee"  # three parts of each number leave no registers
+        precision = _precision(precision, q, max(d, e))
         flags = dict(D=d, E=e, BD=_padded(d), BE=_padded(e), WINDOW=window is not None)
 
         def run(config):

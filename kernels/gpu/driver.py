@@ -60,8 +60,8 @@ def _prepare():
 
 def launch(kernel, grid, *arguments, **options):
     """kernel[grid](*arguments, **options). Arguments are Arrays, all of one library, descriptors of
-    them, numbers, and tuples of all these; options are compile-time constants, num_warps and
-    num_stages.
+    them, numbers, and tuples of all these; options are compile-time constants, num_warps,
+    num_stages and maxnreg.
     """
     follow(arguments)
     if INTERPRETED:
@@ -81,8 +81,7 @@ def launch(kernel, grid, *arguments, **options):
 
 def follow(arguments):
     """Launches go where the arrays among these are. TypeError if that is in two libraries."""
-    arrays = [x.base if isinstance(x, TensorDescriptor) else x for x in arguments]
-    libraries = {x.home.module for x in arrays if hasattr(x, "home")}
+    libraries = set(_libraries_of(arguments))
     if len(libraries) > 1:
         raise TypeError(
             f"arrays of {' and '.join(sorted(libraries))} in one call; expected one library's: "
@@ -90,6 +89,16 @@ def follow(arguments):
         )
     for library in libraries:
         _state.home = library
+
+
+def _libraries_of(arguments):
+    for x in arguments:
+        if isinstance(x, tuple):
+            yield from _libraries_of(x)
+        elif hasattr(x, "home"):
+            yield x.home.module
+        elif isinstance(x, TensorDescriptor):
+            yield x.base.home.module
 
 
 @contextlib.contextmanager

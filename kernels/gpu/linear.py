@@ -325,7 +325,7 @@ def targets(into, needs, g, **arguments):
 
     into     None, or a tuple of arrays and None, with one entry for each of `needs`. An array has
              its argument's shape, evenly spaced rows, and any of the dtypes: float32 for gradients
-             that add up over many steps.
+             that add up over many steps. The same array may be given twice, for tied weights.
     """
     found = [None] * len(arguments)
     if into is None:
@@ -340,5 +340,10 @@ def targets(into, needs, g, **arguments):
         found[i] = array(target, f"into's {name}")
         shaped(found[i], f"into's {name}", x.shape)
         rows(found[i], f"into's {name}")
-        writable(found[i], f"into's {name}", g=g, **arguments)
+        others = {
+            f"into's {other}": y
+            for other, y in zip(arguments, found[:i])
+            if y and y.address != found[i].address
+        }
+        writable(found[i], f"into's {name}", g=g, **arguments, **others)
     return found

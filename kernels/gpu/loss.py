@@ -287,7 +287,8 @@ class linear_cross_entropy:
     @staticmethod
     def vjp(g, y, h, w, t, *, ignore_index=-100, chunk=None, gradients=True, saved, needs):
         h, w, t, _ = _hidden(h, w, t, ignore_index, chunk, gradients)
-        if not gradients or not saved or saved[0] is None:
+        without = isinstance(saved, tuple | list) and len(saved) == 3 and saved[0] is None
+        if not gradients or without:
             raise ValueError("forward was called with gradients=False; there is none to give")
         h_bar, w_bar, N = kept(
             saved, h=(h.shape, h.dtype), w=(w.shape, "float32"), N=((), "float32")

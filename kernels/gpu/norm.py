@@ -4,6 +4,8 @@ kept in registers and read once; a wider one is read twice, in pieces.
 layer_norm and rms_norm are the same kernels: CENTRED says whether the mean is subtracted.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -427,7 +429,7 @@ def _checked(x, w, eps=0.0):
     inner_contiguous(x=x)
     shaped(w, "w", x.shape[-1:])
     inner_contiguous(w=w)
-    number(eps, "eps", lambda eps: eps >= 0, "a number that is not negative")
+    number(eps, "eps", lambda eps: 0 <= eps < math.inf, "a number that is not negative")
     return x.shape[-1]
 
 

@@ -16,6 +16,7 @@ of a CUDA graph.
 
 import math
 import numbers
+from collections.abc import Iterable
 from itertools import pairwise
 
 import numpy as np
@@ -210,8 +211,8 @@ def global_norm(gradients):
 
     gradients   a list of float32, float16 and bfloat16 arrays, contiguous; None is skipped
     """
-    named = _listed(gradients, "gradients")
-    found = [_contiguous(array(g, name), name) for name, g in named.items()]
+    named = _listed(gradients, "gradients").items()
+    found = [_contiguous(array(g, name), name) for name, g in named if g is not None]
     if not found:
         raise ValueError("gradients has no arrays; expected at least one")
     driver.follow(found)
@@ -288,7 +289,7 @@ class AdamW:
         return None if max_norm is None else self._norm.data
 
     def _checked(self, gradients):
-        _listed(gradients, "gradients")
+        gradients = list(_listed(gradients, "gradients").values())
         if len(gradients) != len(self._parameters):
             raise ValueError(f"{len(gradients)} gradients for {len(self._parameters)} parameters")
         found = []
@@ -350,10 +351,10 @@ class _Group:
 
 
 def _listed(arrays, name):
-    """The arrays of a list by their names, None left out."""
-    if not isinstance(arrays, list | tuple):
+    """The arrays by their names: of a list, a generator, but not the rows of one array."""
+    if hasattr(arrays, "shape") or not isinstance(arrays, Iterable):
         raise TypeError(f"{name} is a {type(arrays).__name__}; expected a list of arrays")
-    return {f"{name}[{i}]": x for i, x in enumerate(arrays) if x is not None}
+    return {f"{name}[{i}]": x for i, x in enumerate(arrays)}
 
 
 def _contiguous(x, name):
@@ -385,9 +386,11 @@ def _checked_options(weight_decay, betas, eps, count):
         )
     if not isinstance(betas, list | tuple) or len(betas) != 2:
         raise ValueError(f"betas is {betas!r}; expected two numbers in [0, 1)")
-    decays = [number(decay, "weight_decay", lambda x: x >= 0, "0 or more") for decay in decays]
+    decays = [
+        number(decay, "weight_decay", lambda x: 0 <= x < math.inf, "0 or more") for decay in decays
+    ]
     betas = [number(beta, "betas", lambda x: 0 <= x < 1, "two numbers in [0, 1)") for beta in betas]
-    return decays, tuple(betas), number(eps, "eps", lambda x: x >= 0, "0 or more")
+    return decays, tuple(betas), number(eps, "eps", lambda x: 0 <= x < math.inf, "0 or more")
 
 
 def _widened(p):

@@ -274,8 +274,8 @@ _FLOAT32 = (  # multiplied and added one by one, no tensor cores
     (64, 64, 64, 4, 3, 0.8),
     (16, 64, 64, 4, 3, 0.3),
 )
-_UNALIGNED = (  # element by element: a pointer for each is in registers
-    (64, 64, 32, 4, 3, 1.0),
+_BY_ELEMENT = (  # of unaligned factors: a pointer for each element is in registers
+    (64, 64, 32, 8, 3, 1.0),
     (16, 64, 64, 4, 3, 0.3),
 )
 _MOST_SPLITS = 32
@@ -285,19 +285,20 @@ _PARTIAL = 6  # and so many, an element of a partial product that is written and
 
 
 @functools.cache
-def _configurations(chip, processors, itemsize, precision, tma, aligned, count, n, k, m):
-    """Configurations, the best first, for `count` products (n, k) (k, m); tma and aligned: how the
-    matrices lie in memory.
+def _configurations(chip, processors, itemsize, precision, factors, aligned, count, n, k, m):
+    """Configurations, the best first, for `count` products (n, k) (k, m).
+
+    factors   how they lie in memory: "tma", "aligned" or "odd"
+    aligned   whether everything else is
     """
-    newer = {90: _HOPPER, 100: _BLACKWELL, 103: _BLACKWELL}
-    tma &= chip in newer
+    newer, float32 = {90: _HOPPER, 100: _BLACKWELL, 103: _BLACKWELL}, itemsize == 4
+    tma = factors == "tma" and chip in newer and not (float32 and precision == "ieee")
     tiles = newer[chip] if tma else _AMPERE if chip in (80, *newer) else _SMALL
-    if itemsize == 4:
+    if float32:
         tiles = _FLOAT32 if precision == "ieee" else _TF32 if tma else _SMALL
-    if not aligned:
-        tiles = _UNALIGNED
-    tma &= tiles is not _FLOAT32
-    found = []
+    if factors == "odd":
+        tiles = _BY_ELEMENT
+    persistent, found = tma and aligned, []
     for BM, BN, BK, num_warps, num_stages, speed in tiles:
         BK = 2 * BK // itemsize
         pieces = count * cdiv(n, BM) * cdiv(m, BN), cdiv(k, BK)
@@ -306,10 +307,14 @@ def _configurations(chip, processors, itemsize, precision, tma, aligned, count, 
             for splits in range(1, min(_MOST_SPLITS, pieces[1]) + 1 if count == 1 else 2)
         }
         splits = min(costs, key=costs.get)
-        wide = itemsize == 4 and BN >= 128 and (tma or precision != "tf32")
-        halves = BN >= 256 or wide  # what the epilogue needs does not fit at once
+        wide = float32 and BN >= 128 and (tma or precision != "tf32")
+        halves = BN >= 256 or wide or (BN >= 128 and not aligned)  # what ends a tile needs room
         config = dict(BM=BM, BN=BN, BK=BK, GROUP=8, SPLITS=splits, HALVES=halves, TMA=tma)
-        config.update(FLATTEN=tma, PROGRAMS=int(tma), num_warps=num_warps, num_stages=num_stages)
+        config.update(FLATTEN=persistent, PROGRAMS=int(persistent))
+        num_warps = num_warps if aligned or BN < 128 else 8
+        config.update(num_warps=num_warps, num_stages=num_stages)
+        if factors == "odd":  # or the assembler spills a few registers, to fit another program
+            config["maxnreg"] = 255
         found.append((costs[splits], config))
     return [config for _, config in sorted(found, key=lambda pair: pair[0])]
 
@@ -364,6 +369,16 @@ class Finish:
         strides = (x and x.strides[-2] for x in (self.pre, self.slope, self.residual))
         return Ending(self.bias, slope, residual, *strides, self.alpha)
 
+    def largest(self, aligned, tma, several):
+        """Elements of the largest tile that leaves registers for this, and for pointers: to each
+        element of what is not aligned, and without TMA to a slope and to one of several matrices.
+        """
+        if not aligned and (self.pre or self.slope or self.residual):
+            return 64 * 128
+        if not aligned or self.activation == "gelu" or ((self.slope or several) and not tma):
+            return 128 * 128
+        return 128 * 256
+
     @property
     def flags(self):
         """Its compile-time constants."""
@@ -388,17 +403,17 @@ def multiply(a, b, y, finish=AS_IT_IS, *, sums=None, more=None, precision="ieee"
         (a, y), b = merged, Matrix(b.array, b.shape[-2:], b.strides[-2:])
     a, b, y = two_batch_axes(a, b, y)
     (*batch, n, k), m, itemsize = a.shape, b.shape[-1], a.array.dtype.itemsize
-    matrices = a, b, y, finish.pre, finish.slope, finish.residual, *(more or ())
-    aligned = all(x is None or x.aligned for x in matrices)
-    memory = a.fits_tma() and b.fits_tma(), aligned
+    factors = "tma" if a.fits_tma() and b.fits_tma() else "aligned"
+    others = y, finish.pre, finish.slope, finish.residual, *(more or ())
+    aligned = all(x is None or x.aligned for x in others)
+    memory = factors if a.aligned and b.aligned else "odd", aligned
     problem = itemsize, precision, *memory, math.prod(batch), n, k, m
     found = _configurations(driver.capability(), driver.multiprocessors(), *problem)
-    several = finish.slope or math.prod(batch) > 1  # pointers: with TMA, they need no registers
-    if finish.activation == "gelu" or (several and not found[0]["TMA"]):
-        found = [config for config in found if config["BN"] < 256]
+    largest = finish.largest(aligned, found[0]["TMA"], several=math.prod(batch) > 1)
+    found = [config for config in found if config["BM"] * config["BN"] <= largest]
     layout = "NT"[a.transposed] + "NT"[b.transposed]
     epilogue = finish.activation, finish.accumulate, bool(sums), bool(more)
-    key = (a.array.dtype, precision, layout, aligned, *map(_rounded, problem[4:]), *epilogue)
+    key = (a.array.dtype, precision, layout, *memory, *map(_rounded, problem[4:]), *epilogue)
 
     def run(config):  # of a search: y is not to be added to more than once
         spare = sums and (_like(sums[0]), sums[1])

@@ -98,7 +98,7 @@ def _fastest(candidates, run):
     """Each candidate in turns, several times. Left out are those that the GPU cannot hold, and
     those on which the compiler fails.
     """
-    times = {}
+    times, failed = {}, None
     for i, candidate in enumerate(candidates):
         try:
             run(candidate)  # compiles
@@ -106,7 +106,8 @@ def _fastest(candidates, run):
         except Exception as error:  # Triton's compiler and assembler have several of their own
             failed = error
     if not times:
-        raise RuntimeError(f"none of the candidates runs on this GPU: {failed}")
+        reason = str(failed).partition("\n")[0]
+        raise RuntimeError(f"none of the candidates runs on this GPU: {reason}") from failed
     for _ in range(7):
         for i, found in times.items():
             found.append(driver.milliseconds(lambda i=i: run(candidates[i])))
