@@ -407,7 +407,7 @@ _TABLES = {  # plain; with more than the diagonal to keep in registers; and the 
 _OLDER = (_AMPERE, _AMPERE, _AMPERE_DROPOUT)
 _FLOAT32 = {
     "ieee": {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
-    "tf32": {64: (32, 64, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "tf32": {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
     "tf32x3": {64: (32, 32, 8, 1), 128: (16, 16, 8, 1)},
 }
 
@@ -420,9 +420,11 @@ def _default(kernel, chip, dtype, precision, width, more, dropout):
     """The configuration for heads of so many columns. more: a window, segments or shared heads."""
     tiles = _TABLES.get(chip, _OLDER)[2 if dropout else 1 if more else 0]
     width = max(_padded(width), 64)
-    if dtype == "float32":  # maxnreg: or the assembler spills some, to fit another block
-        return _configuration(*_FLOAT32[precision][width]) | dict(maxnreg=255)
-    return _configuration(*tiles[kernel][width])
+    tile = _FLOAT32[precision][width] if dtype == "float32" else tiles[kernel][width]
+    found = _configuration(*tile)
+    if dtype == "float32" or more or dropout:  # or the assembler spills some, to fit another block
+        found["maxnreg"] = 255
+    return found
 
 
 # What a search tries, for 16-bit numbers; the last is the widest head that leaves no register in
