@@ -10,6 +10,7 @@ import sys
 import typer
 
 from .check import check
+from .data import data
 from .errors import UsageError, UserError, described
 from .generate import generate
 from .screen import PROGRAM
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(data, name="data")
 
 
 def main() -> None:

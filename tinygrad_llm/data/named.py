@@ -101,10 +101,11 @@ def _downloaded(name: str, path: Path) -> Path:
         with TemporaryDirectory() as folder:
             content = _member(_fetched(source.url, Path(folder)), source)
     except OSError as error:  # what `requests` raises, too
-        reason = " ".join(str(error).split()) or type(error).__name__
+        said = str(error).partition(" for url")[0]
+        reason = said if 0 < len(said) < 60 else type(error).__name__  # not a page of nested errors
         raise ConnectionError(
             f"{name} cannot be downloaded from {source.url} ({reason}): check the network, or put "
-            f"the file at {path}"
+            f"{source.file} into {path.parent} or a folder that {FOLDER} names"
         ) from None
     found = hashlib.sha256(content).hexdigest()
     if found != source.sha256:
