@@ -64,8 +64,8 @@ def prepare(
         _check_free(out)
         paths = text_files([_found(file) for file in files])
         encode, vocab_size, special_tokens = _tokenizer(tokenizer)
-        screen.say(f"encoding {sum(path.stat().st_size for path in paths):,} bytes")
         try:
+            screen.say(f"encoding {sum(path.stat().st_size for path in paths):,} bytes")
             with screen.progress("encoding") as show:
                 count = encode_files(
                     paths,
@@ -116,6 +116,6 @@ def _gpt2() -> tiktoken.Encoding:
         return tiktoken.get_encoding("gpt2")
     except OSError as error:  # of the network
         raise ValueError(
-            f"GPT-2's vocabulary cannot be downloaded ({type(error).__name__}): check the network, let "
-            "TIKTOKEN_CACHE_DIR name a folder that has it, or give --tokenizer DIR"
+            f"GPT-2's vocabulary cannot be downloaded ({type(error).__name__}): check the network, "
+            "let TIKTOKEN_CACHE_DIR name a folder that has it, or give --tokenizer DIR"
         ) from None
