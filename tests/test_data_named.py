@@ -130,6 +130,8 @@ def test_the_users_folder_comes_first(server, cache, corpus, tmp_path, monkeypat
     assert mine.read_bytes() == TEXT + b"edited"  # the user's own file stays
     mine.unlink()
     assert corpus_path("the-verdict") == cache / "text.txt"
+    mine.write_bytes(TEXT)
+    assert corpus_path("the-verdict") == mine
 
 
 def test_a_broken_cache_is_noticed(server, cache, corpus):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import regex
 import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,9 +23,10 @@ from tinygrad_llm.data import (
     streaming,
 )
 from tinygrad_llm.tokenizer import BPETokenizer
+from tinygrad_llm.tokenizer.bpe import WORD
 
 END = "<|endoftext|>"
-SPACED = "<|two words|>"
+SPACED = "<|two words\nand lines|>"
 TEXT = "Größe 日本語 🙂🙃 naïve café's; it's 1 of 22 \n\n  to be,\r\nor not \tto be. x_ y\n" * 40
 TOKENIZER = BPETokenizer.train(TEXT, 330, (END, SPACED))
 
@@ -60,6 +62,29 @@ def test_ids_are_those_of_the_whole_text(tmp_path_factory, texts, block, separat
     assert count == len(expected)
     assert sorted(path.name for path in folder.iterdir())[-1] == "tokens.npy"
     assert len(list(folder.iterdir())) == len(texts) + 1
+
+
+SPLITTERS = {
+    "gpt2": WORD,
+    "gpt4": regex.compile(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "words": regex.compile(r"\w+|[^\w\s]"),
+}
+
+
+@pytest.mark.parametrize("splitter", SPLITTERS.values(), ids=SPLITTERS)
+@given(text=st.lists(pieces, max_size=60).map("".join), block=st.integers(1, 40))
+def test_no_word_of_any_tokenizer_is_cut(tmp_path_factory, splitter, text, block):
+    path = tmp_path_factory.mktemp("corpus") / "a.txt"
+    path.write_bytes(("x" + text).encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streaming, "BLOCK", block)
+        blocks = [text for text, _ in streaming._blocks([path], "", [])]
+    assert "".join(blocks) == "x" + text
+    words = [word for block in blocks for word in splitter.findall(block)]
+    assert words == splitter.findall("x" + text)
 
 
 def test_gpt2s_ids_of_tiny_shakespeare(tmp_path, monkeypatch):

@@ -17,8 +17,9 @@ from tinygrad_llm.data.corpus import read_blocks, text_files
 from tinygrad_llm.data.files import atomic_write
 from tinygrad_llm.data.tokens import as_tokens
 
-# A letter or digit before a space or line end: words that a tokenizer splits text into end here.
-WORD_END = re.compile(r"[^\W_](?=[ \n])")
+# Where the words of any tokenizer end: behind a letter or digit that a space or line end follows, and
+# between two lines that are not empty.
+WORD_END = re.compile(r"[^\W_](?=[ \n])|\S\n(?=\S)")
 BLOCK = 1 << 20  # bytes read at a time
 NEAR = 1 << 12  # characters: where the last such place usually is
 
@@ -34,8 +35,8 @@ def encode_files(
 ) -> int:
     """Encode UTF-8 text files, as one text, into a `.npy` file of token ids; returns their number.
 
-    encode          text -> ids 0..vocab_size-1, by a tokenizer that splits text at spaces at the
-                    latest (GPT-2's, words, WordPiece). Then the ids are those of
+    encode          text -> ids 0..vocab_size-1, by a tokenizer whose words end at spaces at the
+                    latest (GPT-2's and later ones, words, WordPiece). Then the ids are those of
                     encode(read_corpus(paths, separator))
     separator       goes between two files
     special_tokens  texts that stand for one token and are never cut
@@ -43,7 +44,7 @@ def encode_files(
 
     The file opens with open_tokens: uint16 if vocab_size fits, else uint32. It appears when it is
     complete; a run that fails or is killed leaves what was there. Memory does not grow with
-    the text, only with the longest stretch without a letter or digit before a space or line end.
+    the text, only with the longest stretch that has no end of a word as WORD_END finds it.
 
     Raises FileNotFoundError and ValueError for paths as read_corpus does, ValueError for ids
     outside of the vocabulary, OSError if `out` cannot be written.
@@ -86,7 +87,7 @@ def _blocks(
     files: list[Path], separator: str, special_tokens: Iterable[str]
 ) -> Iterator[tuple[str, int]]:
     """The whole text in pieces that can be encoded one by one, and how many bytes are read."""
-    uncut = [name for name in special_tokens if WORD_END.search(name)]
+    uncut = [name for name in special_tokens if re.search(r"\s", name)]
     rest, done = "", 0
     for number, path in enumerate(files):
         rest += separator if number else ""
