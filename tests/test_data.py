@@ -14,6 +14,7 @@ from tinygrad_llm.data import (
     RandomBatches,
     Windows,
     embedded_corpus,
+    files,
     open_tokens,
     read_corpus,
     train_val_split,
@@ -56,6 +57,30 @@ def test_read_corpus_bad_input(tmp_path):
     path.write_bytes("Zoë".encode("latin-1"))
     with pytest.raises(ValueError, match=r"byte offset 2: .* iconv -f LATIN1 -t UTF-8"):
         read_corpus(path)
+
+
+# Files as a whole or not at all
+
+
+@pytest.mark.parametrize("without_name", [files._without_name, lambda folder: None])
+def test_atomic_write(tmp_path, monkeypatch, without_name):
+    monkeypatch.setattr(files, "_without_name", without_name)  # not every system has such files
+    path, plain = tmp_path / "file", tmp_path / "plain"
+    plain.write_bytes(b"")
+    for content in (b"first", b"second"):
+        with files.atomic_write(path) as file:
+            file.write(content[:2])
+            assert not path.exists() or path.read_bytes() == b"first"
+            file.write(content[2:])
+        assert path.read_bytes() == content
+    assert path.stat().st_mode == plain.stat().st_mode
+    with pytest.raises(ZeroDivisionError), files.atomic_write(path) as file:
+        file.write(b"third")
+        raise ZeroDivisionError
+    assert path.read_bytes() == b"second"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "plain"]
+    with pytest.raises(FileNotFoundError), files.atomic_write(tmp_path / "no" / "file"):
+        pass
 
 
 # Token files

@@ -17,8 +17,8 @@ from tinygrad_llm.data.corpus import read_blocks, text_files
 from tinygrad_llm.data.files import atomic_write
 from tinygrad_llm.data.tokens import as_tokens
 
-# Where the words of any tokenizer end: behind a letter or digit that a space or line end follows, and
-# between two lines that are not empty.
+# Where the words of any tokenizer end: behind a letter or digit that a space or line end follows,
+# and between two lines that are not empty.
 WORD_END = re.compile(r"[^\W_](?=[ \n])|\S\n(?=\S)")
 BLOCK = 1 << 20  # bytes read at a time
 NEAR = 1 << 12  # characters: where the last such place usually is
