@@ -29,6 +29,7 @@ setup(
         "matplotlib>=3.8",
         "hypothesis>=6.100",
         "ml_dtypes>=0.5",
+        "pooch>=1.8",
     ],
     extras_require={
         "gpu": ["triton>=3.6,<3.10", "cupy-cuda13x>=14"],

@@ -10,6 +10,7 @@ import sys
 import typer
 
 from .check import check
+from .data import data
 from .errors import UsageError, UserError, described
 from .generate import generate
 from .info import info
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(data, name="data")
 
 
 def main() -> None:

@@ -1,12 +1,15 @@
 """Where training text comes from: the user's own files, or the text that every Python carries."""
 
 import codecs
+import hashlib
 import os
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # A line that only underlines the heading above it: ****, ====, ----, ~~~~, ^^^^.
 UNDERLINE = re.compile(r"^([*=~^-])\1+\n", re.MULTILINE)
 
@@ -22,33 +25,75 @@ def read_corpus(
     Raises FileNotFoundError for a missing file; ValueError for no path, a directory, a file
     without text, or bytes that are not UTF-8.
     """
+    return separator.join("".join(read_blocks(path)) for path in text_files(paths))
+
+
+def text_files(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:
+    """One path or several as a list of files that exist. Raises as read_corpus does."""
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
-    texts = [_read_text(Path(path)) for path in paths]
-    if not texts:
+    paths = [Path(path) for path in paths]
+    if not paths:
         raise ValueError("no corpus: give the path of at least one text file")
-    return separator.join(texts)
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"{path} is a directory: give the text files inside it")
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist: check the path of the text file")
+    return paths
 
 
-def _read_text(path: Path) -> str:
-    if path.is_dir():
-        raise ValueError(f"{path} is a directory: give the text files inside it")
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: check the path of the text file")
-    data = path.read_bytes()
+def read_blocks(path: Path, size: int = 1 << 20) -> Iterator[str]:
+    """The text of a UTF-8 file in pieces of `size` bytes: a file may be larger than memory.
+
+    A byte order mark is dropped. Raises ValueError for bytes that are not UTF-8, and for a file
+    without text.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset, utf16, started, some_text = 0, False, False, False
+    with open(path, "rb") as file:
+        while data := file.read(size):
+            utf16 = utf16 or (offset == 0 and data.startswith(UTF16_MARKS))
+            with _utf8_expected(path, offset - len(decoder.getstate()[0]), utf16):
+                text = decoder.decode(data)
+            if not started:
+                text, started = text.removeprefix("\ufeff"), bool(text)
+            some_text = some_text or bool(text.strip())
+            offset += len(data)
+            yield text
+        with _utf8_expected(path, offset - len(decoder.getstate()[0]), utf16):
+            decoder.decode(b"", final=True)
+    if not some_text:
+        raise ValueError(f"{path} is empty, or white space alone: a corpus needs some text")
+
+
+@contextmanager
+def _utf8_expected(path: Path, offset: int, utf16: bool) -> Iterator[None]:
+    """Says in one line what is wrong with the bytes that are decoded, the first one at `offset`."""
     try:
-        text = data.decode("utf-8")
+        yield
     except UnicodeDecodeError as error:
-        utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         raise ValueError(
-            f"{path} is not UTF-8 at byte offset {error.start}: if it is text, convert it first, "
-            f"for example: iconv -f {'UTF-16' if utf16 else 'LATIN1'} -t UTF-8 "
+            f"{path} is not UTF-8 at byte offset {offset + error.start}: if it is text, convert it "
+            f"first, for example: iconv -f {'UTF-16' if utf16 else 'LATIN1'} -t UTF-8 "
             f"{shlex.quote(str(path))} > utf8.txt"
         ) from None
-    text = text.removeprefix(codecs.BOM_UTF8.decode())
-    if not text.strip():
-        raise ValueError(f"{path} is empty, or white space alone: a corpus needs some text")
-    return text
+
+
+def corpus_hash(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> str:
+    """SHA-256 of the content, 64 hexadecimal digits: tells whether a corpus is still the same.
+
+    Of one file it is what `sha256sum` prints; of several, the SHA-256 of their hashes in order,
+    each as 32 bytes, so that text cannot move from one file to the next unseen.
+    Raises as read_corpus does for no path, a missing file and a directory.
+    """
+    hashes = []
+    for path in text_files(paths):
+        with open(path, "rb") as file:
+            hashes.append(hashlib.file_digest(file, "sha256"))
+    if len(hashes) == 1:
+        return hashes[0].hexdigest()
+    return hashlib.sha256(b"".join(each.digest() for each in hashes)).hexdigest()
 
 
 def embedded_corpus() -> str:

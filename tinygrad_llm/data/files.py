@@ -1,6 +1,8 @@
-"""Writing files so that a reader never sees half of one.
+"""Writing files so that a reader never sees half of one, and nothing stays of a killed writer.
 
-The new content goes to a temporary file beside the target, which then takes the target's name.
+The new content goes to a file without a name, which the system drops when the process ends. Once
+complete, it gets a name beside the target, and then the target's own. Where a system has no files
+without names, it has its temporary name from the start.
 """
 
 import os
@@ -19,10 +21,28 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with _without_name(path.parent) or open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # the bytes are on the disk before the name points to them
+            if isinstance(file.name, int):  # its number: it has no name
+                temporary.unlink(missing_ok=True)
+                _give_name(file.name, temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _without_name(folder: Path) -> BinaryIO | None:
+    """A new file in the folder, without a name; None where the system has no such files."""
+    if not hasattr(os, "O_TMPFILE") or not os.path.exists("/proc/self/fd"):
+        return None
+    try:
+        return open(os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o666), "wb")
+    except OSError:
+        return None
+
+
+def _give_name(number: int, path: Path) -> None:
+    """As open(2) says under O_TMPFILE. Python follows the link only where a folder is given."""
+    os.link(f"/proc/self/fd/{number}", path, src_dir_fd=number, follow_symlinks=True)

@@ -1,6 +1,6 @@
 """From one long token sequence to batches: windows of inputs, and targets shifted by one.
 
-`Windows` and `DataLoader` go through a text in order or shuffled; `RandomBatches` draws forever.
+`Windows` are numbered, for a DataLoader to go through; `RandomBatches` draws forever.
 """
 
 from collections.abc import Iterator
@@ -15,20 +15,22 @@ from tinygrad_llm.data.tokens import as_tokens
 Batch = tuple[np.ndarray, np.ndarray]
 
 
-def _at_least_one(name: str, value: int) -> int:
+def at_least_one(name: str, value: int) -> int:
+    """The value as an int. Raises ValueError if it is below 1, TypeError if it is no integer."""
     value = as_int(value)
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return value
 
 
-def _gather(tokens: np.ndarray, starts: np.ndarray, length: int) -> Batch:
+def gather(tokens: np.ndarray, starts: np.ndarray, length: int) -> Batch:
     """The windows that begin at `starts`: inputs and targets, both (B, length) int64."""
     positions = starts[:, None] + np.arange(length)  # (B, length)
     return tokens[positions].astype(np.int64), tokens[positions + 1].astype(np.int64)
 
 
-def _need_one_window(tokens: np.ndarray, length: int) -> None:
+def need_one_window(tokens: np.ndarray, length: int) -> None:
+    """Raises ValueError for a text without one window of `length` inputs and their targets."""
     if len(tokens) < length + 1:
         raise ValueError(
             f"a window of {length} tokens and its targets need {length + 1} tokens, "
@@ -47,9 +49,9 @@ class Windows:
 
     def __init__(self, tokens: ArrayLike, max_length: int, stride: int):
         self.tokens = as_tokens(tokens)
-        self.max_length = _at_least_one("max_length", max_length)
-        self.stride = _at_least_one("stride", stride)
-        _need_one_window(self.tokens, self.max_length)
+        self.max_length = at_least_one("max_length", max_length)
+        self.stride = at_least_one("stride", stride)
+        need_one_window(self.tokens, self.max_length)
 
     def __len__(self) -> int:
         return len(range(0, len(self.tokens) - self.max_length, self.stride))
@@ -67,40 +69,7 @@ class Windows:
         outside = (indices < -len(self)) | (indices >= len(self))
         if outside.any():
             raise IndexError(f"there is no window {indices[outside][0]}: there are {len(self)}")
-        return _gather(self.tokens, indices % len(self) * self.stride, self.max_length)
-
-
-class DataLoader:
-    """Goes through a dataset once per `for` loop, in batches (x, y), each (B, T) int64.
-
-    `dataset` has a length and `batch(indices)`. With `rng` (anything with `permutation(n)`), each
-    loop draws a new order; without it the order is kept. `drop_last` leaves out a last batch that
-    is not full.
-
-    Raises ValueError for batch_size below 1 or if there would be no batch at all.
-    """
-
-    def __init__(self, dataset: Any, batch_size: int, rng: Any = None, drop_last: bool = True):
-        self.dataset = dataset
-        self.batch_size = _at_least_one("batch_size", batch_size)
-        self.rng = rng
-        self.drop_last = drop_last
-        if len(self) == 0:
-            raise ValueError(
-                f"{len(dataset)} windows make no batch of {batch_size}: "
-                "use a smaller batch_size, a longer text or drop_last=False"
-            )
-
-    def __len__(self) -> int:
-        full, rest = divmod(len(self.dataset), self.batch_size)
-        return full if self.drop_last or rest == 0 else full + 1
-
-    def __iter__(self) -> Iterator[Batch]:
-        size = len(self.dataset)
-        order = np.arange(size) if self.rng is None else np.asarray(self.rng.permutation(size))
-        for number in range(len(self)):
-            start = number * self.batch_size
-            yield self.dataset.batch(order[start : start + self.batch_size])
+        return gather(self.tokens, indices % len(self) * self.stride, self.max_length)
 
 
 class RandomBatches:
@@ -115,10 +84,10 @@ class RandomBatches:
 
     def __init__(self, tokens: ArrayLike, batch_size: int, context: int, rng: Any):
         self.tokens = as_tokens(tokens)
-        self.batch_size = _at_least_one("batch_size", batch_size)
-        self.context = _at_least_one("context", context)
+        self.batch_size = at_least_one("batch_size", batch_size)
+        self.context = at_least_one("context", context)
         self.rng = rng
-        _need_one_window(self.tokens, self.context)
+        need_one_window(self.tokens, self.context)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -126,4 +95,4 @@ class RandomBatches:
     def __next__(self) -> Batch:
         end = len(self.tokens) - self.context  # the last start is end - 1: its target exists
         starts = np.asarray(self.rng.integers(0, end, self.batch_size))
-        return _gather(self.tokens, starts, self.context)
+        return gather(self.tokens, starts, self.context)

@@ -1,0 +1,123 @@
+"""`tinygrad-llm data` as users run it: real processes, every wrong input."""
+
+import hashlib
+import os
+import signal
+
+import numpy as np
+import pytest
+from test_cli import ENVIRONMENT, assert_refused, on_a_terminal, run, start, wait_for
+
+from tinygrad_llm.data import open_tokens
+from tinygrad_llm.tokenizer import BPETokenizer
+
+END = "<|endoftext|>"
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and terminals")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two texts and a tokenizer, and a folder of corpora with a wrong and no other file."""
+    folder = tmp_path_factory.mktemp("data")
+    text = "to be or not to be, that is the question\n" * 50
+    (folder / "a.txt").write_text(text)
+    (folder / "b.txt").write_text("Größe 日本語 🙂\n")
+    BPETokenizer.train(text, 280).save(folder / "tokenizer")
+    (folder / "corpora").mkdir()
+    (folder / "corpora" / "the-verdict.txt").write_text("something else")
+    return folder
+
+
+def test_prepare(folder, tmp_path):
+    out = tmp_path / "tokens.npy"
+    texts = folder / "a.txt", folder / "b.txt"
+    done = run("data", "prepare", *texts, "--out", out, "--tokenizer", folder / "tokenizer")
+    assert done.returncode == 0 and done.stderr == ""
+    tokenizer = BPETokenizer.load(folder / "tokenizer")
+    text = END.join(path.read_text() for path in texts)
+    tokens = open_tokens(out)
+    assert tokens.tolist() == tokenizer.encode(text, allowed_special="all")
+    assert f"are {len(tokens):,} tokens, of a vocabulary of 280: {out}" in done.stdout
+    hashes = [hashlib.sha256(path.read_bytes()).digest() for path in texts]
+    assert hashlib.sha256(b"".join(hashes)).hexdigest() in done.stdout
+
+    quiet = tmp_path / "quiet.npy"
+    arguments = ["--out", quiet, "--tokenizer", folder / "tokenizer", "--quiet"]
+    done = run("data", "prepare", *texts, *arguments)
+    assert (done.stdout, done.stderr) == (f"{quiet}\n", "")
+    assert quiet.read_bytes() == out.read_bytes()
+
+
+def test_prepare_shows_a_bar_on_a_terminal(folder, tmp_path):
+    arguments = "--out", tmp_path / "t.npy", "--tokenizer", folder / "tokenizer"
+    code, shown = on_a_terminal("data", "prepare", folder / "a.txt", *arguments)
+    assert code == 0 and b"encoding" in shown and b"MB" in shown
+
+
+def test_gpt2s_tokens_of_a_named_corpus(tmp_path):
+    if not os.environ.get("TINYGRAD_LLM_DATA") or not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("set TINYGRAD_LLM_DATA (the-verdict.txt) and TIKTOKEN_CACHE_DIR (gpt2)")
+    out = tmp_path / "tokens.npy"
+    done = run("data", "prepare", "the-verdict", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "encoding 20,479 bytes\nthey are 5,145 tokens" in done.stdout
+    assert np.load(out)[:4].tolist() == [40, 367, 2885, 1464]
+    done = run("data", "get", "the-verdict")
+    assert done.stdout.endswith("the-verdict.txt\n") and done.returncode == 0
+
+
+def test_list(folder, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "TINYGRAD_LLM_DATA", str(folder / "corpora"))
+    monkeypatch.setitem(ENVIRONMENT, "XDG_CACHE_HOME", str(folder / "no cache"))
+    done = run("data", "list")
+    assert done.returncode == 0 and done.stderr == ""
+    for name in ("the-verdict", "tiny-shakespeare", "sms-spam", "instruction-data"):
+        assert f"\n{name} " in "\n" + done.stdout
+    assert str(folder / "corpora" / "the-verdict.txt") in done.stdout
+    assert "data get sms-spam" in done.stdout
+
+
+def test_bad_input(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "TINYGRAD_LLM_DATA", str(folder / "corpora"))
+    out, text = tmp_path / "tokens.npy", folder / "a.txt"
+    ours = ["--out", out, "--tokenizer", folder / "tokenizer"]
+    assert_refused(run("data", "get", "verdict"), "there is no corpus 'verdict'")
+    assert_refused(run("data", "get", "the-verdict"), "is not the file expected")
+    assert_refused(run("data"), "see tinygrad-llm data --help")
+    assert_refused(run("data", "prepare", text), "see tinygrad-llm data prepare --help")
+    assert_refused(run("data", "prepare", tmp_path / "no.txt", *ours), "no.txt does not exist")
+    wrong = ["--out", out, "--tokenizer", tmp_path / "none"]
+    assert_refused(run("data", "prepare", text, *wrong), "is no directory")
+    nowhere = ["--out", tmp_path / "no" / "t.npy", "--tokenizer", folder / "tokenizer"]
+    assert_refused(run("data", "prepare", text, *nowhere), "there is no folder")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    assert_refused(run("data", "prepare", tmp_path / "binary", *ours), "is not UTF-8 at byte")
+    assert not out.exists()
+    out.write_bytes(b"mine")
+    assert_refused(run("data", "prepare", text, *ours), "exists, and would be lost")
+    assert out.read_bytes() == b"mine"
+
+
+def test_no_network(tmp_path, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setitem(ENVIRONMENT, name, "http://127.0.0.1:9")
+    monkeypatch.setitem(ENVIRONMENT, "XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(ENVIRONMENT, "TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
+    monkeypatch.setitem(ENVIRONMENT, "TINYGRAD_LLM_DATA", str(tmp_path))
+    assert_refused(
+        run("data", "get", "sms-spam"), "check the network, or put sms-spam-collection.tsv into"
+    )
+    (tmp_path / "a.txt").write_text("to be")
+    done = run("data", "prepare", tmp_path / "a.txt", "--out", tmp_path / "t.npy")
+    assert_refused(done, "GPT-2's vocabulary cannot be downloaded")
+
+
+def test_ctrl_c_leaves_nothing(folder, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"".join(b"to be or not %d\n" % i for i in range(10**6)))
+    arguments = ["--out", tmp_path / "t.npy", "--tokenizer", folder / "tokenizer"]
+    process = start("data", "prepare", tmp_path / "a.txt", *arguments)
+    wait_for(process, "encoding")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, f"stopped; {tmp_path / 't.npy'} was not written\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt"}

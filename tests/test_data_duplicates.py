@@ -1,0 +1,167 @@
+"""Near duplicates: estimates against Jaccard's index itself, and what is found among real texts."""
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinygrad_llm.data import (
+    MinHash,
+    blocked_by,
+    deduplicate,
+    jaccard,
+    near_duplicates,
+    perplexity_outliers,
+    shingles,
+)
+from tinygrad_llm.data.duplicates import MISSED, band_rows
+
+WORDS = [f"word{i}" for i in range(500)]
+
+
+def text_of(rng, n):
+    return " ".join(rng.choice(WORDS, n))
+
+
+def exact_jaccard(first, second, k):
+    """By sets of tuples, without any hash."""
+    sets = []
+    for text in (first, second):
+        words = text.lower().split()
+        sets.append({tuple(words[i : i + k]) for i in range(len(words) - k + 1)})
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+
+def test_shingles():
+    assert len(shingles("a b c d a b c", k=3)) == 4  # abc twice
+    assert shingles("A  b, c!", k=2).tolist() == shingles("a b c", k=2).tolist()
+    assert shingles("a b", k=8).tolist() == shingles("a b", k=2).tolist()  # too short: one
+    assert shingles("a b c", 3).tolist() != shingles("c b a", 3).tolist()
+    assert len(shingles("", 3)) == len(shingles("...", 3)) == 0
+    assert len(shingles(np.arange(100, dtype=np.uint16), 8)) == 93  # token ids
+    assert np.all(np.diff(shingles(range(100), 1).astype(object)) > 0)  # sorted, no two equal
+
+
+@given(common=st.integers(0, 300), own=st.integers(0, 300), seed=st.integers(0, 9))
+def test_estimate(common, own, seed):
+    rng = np.random.default_rng(seed)
+    start = text_of(rng, common + 10)
+    first, second = (f"{start} {text_of(rng, own + 10)}" for _ in range(2))
+    minhash = MinHash(permutations=512, k=3)
+    expected = exact_jaccard(first, second, 3)
+    found = jaccard(minhash.signature(first), minhash.signature(second))
+    error = np.sqrt(max(expected * (1 - expected), 1e-3) / 512)
+    assert abs(found - expected) < 5 * error
+
+
+def test_estimates_have_no_bias():
+    rng = np.random.default_rng(0)
+    start = text_of(rng, 100)
+    first, second = (f"{start} {text_of(rng, 50)}" for _ in range(2))
+    hashers = [MinHash(permutations=128, k=3, seed=seed) for seed in range(100)]
+    found = [jaccard(h.signature(first), h.signature(second)) for h in hashers]
+    expected = exact_jaccard(first, second, 3)
+    one = np.sqrt(expected * (1 - expected) / 128)
+    assert np.mean(found) == pytest.approx(expected, abs=4 * one / 10)
+    assert np.std(found) == pytest.approx(one, rel=0.3)  # the standard error that is documented
+
+
+@given(text=st.text(max_size=200), k=st.integers(1, 9))
+def test_signature_is_of_the_set(text, k):
+    minhash = MinHash(permutations=16, k=k)
+    signature = minhash.signature(text)
+    assert signature.shape == (16,) and signature.dtype == np.uint32
+    assert (signature == MinHash(permutations=16, k=k).signature(text)).all()
+    longer = minhash.signature(text + " and some more words to make it longer")
+    if len(shingles(text, k)) and len(shingles(text, 1)) >= k:
+        assert (longer <= signature).all()  # a greater set has no greater minimum
+
+
+def test_bands():
+    for threshold in (0.3, 0.5, 0.8, 0.95):
+        rows = band_rows(128, threshold)
+        assert 128 % rows == 0
+        assert (1 - threshold**rows) ** (128 // rows) <= MISSED
+    assert band_rows(128, 1.0) == 128
+    assert band_rows(128, 1e-6) == 1
+
+
+def test_near_duplicates_are_found():
+    rng = np.random.default_rng(0)
+    texts = [text_of(rng, 200) for _ in range(50)]
+    changed = texts[7].split()
+    changed[100] = "another"
+    repeats = near_duplicates([*texts, " ".join(changed), texts[3].upper(), texts[9][:600]])
+    assert repeats[:50].tolist() == list(range(50))
+    assert repeats[50:].tolist() == [7, 3, 52]
+    kept = deduplicate([*texts, " ".join(changed), texts[3].upper()])
+    assert kept == texts
+
+
+@given(st.lists(st.sampled_from(["a b c", "A, B, C.", "c b a", "", "...", "d e f g h"])))
+def test_exact_repeats_always_go(texts):
+    repeats = near_duplicates(texts, threshold=1.0, k=2)
+    seen = {}
+    for number, text in enumerate(texts):
+        key = tuple(shingles(text, 2).tolist())
+        assert repeats[number] == seen.setdefault(key, number)
+
+
+def test_documents_are_read_once_and_one_at_a_time():
+    assert near_duplicates(text for text in ("a b c", "a b c", "d")).tolist() == [0, 0, 2]
+    assert near_duplicates([]).tolist() == []
+    ids = np.arange(1000)
+    assert near_duplicates([ids, ids[:990], ids[:300]]).tolist() == [0, 0, 2]
+
+
+def test_sms_messages():
+    folder = os.environ.get("TINYGRAD_LLM_DATA")
+    if folder is None:
+        pytest.skip("TINYGRAD_LLM_DATA does not name the folder with sms-spam-collection.tsv")
+    with open(Path(folder) / "sms-spam-collection.tsv", encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    assert len(rows) == 5574
+    texts = [text for _, text in rows]
+    assert len(set(texts)) == 5171  # so many differ in at least one character
+    found = near_duplicates(texts, threshold=0.7, k=3)
+    kept = np.flatnonzero(found == np.arange(len(texts)))
+    assert 4900 < len(kept) < 5171
+    sets = [set(shingles(text, 3).tolist()) for text in texts]
+    for number in np.flatnonzero(found != np.arange(len(texts))):
+        first, second = sets[number], sets[found[number]]
+        exact = len(first & second) / len(first | second) if first | second else 1.0
+        assert exact > 0.7 - 5 * np.sqrt(0.7 * 0.3 / 128)
+
+
+def test_perplexity_outliers():
+    perplexities = [20.0] * 50 + [21.0] * 50 + [90.0]
+    assert np.flatnonzero(perplexity_outliers(perplexities)).tolist() == [100]
+    assert not perplexity_outliers([1.0, 1.0]).any()
+    assert perplexity_outliers([]).tolist() == []
+    with pytest.raises(ValueError, match="one finite number for each document"):
+        perplexity_outliers([1.0, float("inf")])
+
+
+def test_block_list():
+    assert blocked_by("Write to jane.doe+x@example.co.uk!") == ["e-mail address"]
+    assert blocked_by("Call 020 7946 0018 or +44 (0)20") == ["telephone number"]
+    assert blocked_by("card 4111 1111 1111 1111.") != []
+    assert blocked_by("On 12 May 1908 he painted 5,145 pictures for $12.50 @home.") == []
+    assert blocked_by("a Secret", {"secrets": r"(?i)secret"}) == ["secrets"]
+    assert blocked_by("abc", ["b", "z"]) == ["b"]
+    with pytest.raises(ValueError, match=r"'\(' is no regular expression"):
+        blocked_by("abc", ["("])
+
+
+def test_bad_input():
+    for threshold in (0, -0.5, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="threshold must be above 0 and at most 1"):
+            near_duplicates(["a"], threshold)
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        near_duplicates(["a"], k=0)
+    with pytest.raises(ValueError, match="permutations must be at least 1"):
+        MinHash(permutations=0)

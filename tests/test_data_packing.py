@@ -1,0 +1,147 @@
+"""Packing: each pair of input and target once, and the loss of the documents one by one."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinygrad_llm import functional as F  # noqa: N812
+from tinygrad_llm.data import DataLoader, pack, segment_mask
+from tinygrad_llm.tensor import Tensor
+
+
+def documents(min_size=0, max_size=30):
+    document = st.lists(st.integers(1, 40), min_size=min_size, max_size=max_size)
+    return st.lists(document, min_size=1, max_size=12).filter(lambda d: max(map(len, d)) > 1)
+
+
+def test_by_hand():
+    packed = pack([[1, 2, 3, 4], [5, 6, 7], [8, 9]], max_length=4)
+    assert packed.inputs.tolist() == [[1, 2, 3, 5], [6, 8, 0, 0]]
+    assert packed.targets.tolist() == [[2, 3, 4, 6], [7, 9, -100, -100]]
+    assert packed.segments.tolist() == [[0, 0, 0, 1], [1, 2, -1, -1]]
+    assert packed.positions.tolist() == [[0, 1, 2, 0], [0, 0, 0, 0]]
+    assert packed.fill == 6 / 8
+    whole = pack([[1, 2, 3, 4], [5, 6, 7], [8, 9]], max_length=4, split=False)
+    assert whole.inputs.tolist() == [[1, 2, 3, 8], [5, 6, 0, 0]]
+    assert whole.segments.tolist() == [[0, 0, 0, 2], [1, 1, -1, -1]]
+    assert whole.positions.tolist() == [[0, 1, 2, 0], [0, 1, 0, 0]]
+
+
+@given(documents=documents(), max_length=st.integers(1, 12), split=st.booleans())
+def test_each_pair_once(documents, max_length, split):
+    if not split:
+        documents = [document[: max_length + 1] for document in documents]
+    packed = pack(documents, max_length, split)
+    used = packed.segments >= 0
+    assert packed.inputs.shape[1] == max_length
+    assert (packed.targets[~used] == -100).all() and (packed.inputs[~used] == 0).all()
+    for number, document in enumerate(documents):
+        here = packed.segments == number  # row by row, from left to right
+        assert packed.inputs[here].tolist() == document[:-1]
+        assert packed.targets[here].tolist() == document[1:]
+    if split:
+        assert used.ravel()[: used.sum()].all()  # only the end is padded
+        assert (~used).sum() < max_length
+    for segments, positions in zip(packed.segments, packed.positions):
+        for number in set(segments.tolist()) - {-1}:
+            places = np.flatnonzero(segments == number)
+            assert np.diff(places).tolist() == [1] * (len(places) - 1)
+            assert positions[places].tolist() == list(range(len(places)))
+
+
+def test_whole_documents_take_few_rows():
+    sizes = np.random.default_rng(0).integers(2, 64, 500)
+    packed = pack([np.arange(size) for size in sizes], 64, split=False)
+    assert packed.fill > 0.95
+    assert len(packed) <= -(-(sizes - 1).sum() // 64) * 11 / 9 + 1  # of the best, proved
+
+
+def test_loader_goes_through_the_rows():
+    packed = pack([range(50)], 10)
+    batches = list(DataLoader(packed, 2))
+    assert [len(inputs) for inputs, *_ in batches] == [2, 2, 1]
+    inputs, targets, segments, positions = batches[1]
+    assert inputs.tolist() == packed.inputs[2:4].tolist()
+    assert (targets.shape, segments.shape, positions.shape) == ((2, 10),) * 3
+
+
+def test_mask():
+    mask = segment_mask([[0, 0, 1, 1, -1]])
+    assert mask.shape == (1, 1, 5, 5) and mask.dtype == bool
+    assert mask[0, 0].astype(int).tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 1],
+    ]
+
+
+class TinyModel:
+    """One block of attention with two heads, in float64."""
+
+    def __init__(self, vocab_size=41, positions=32, dim=8):
+        rng = np.random.default_rng(0)
+        shapes = (vocab_size, dim), (positions, dim), (dim, 3 * dim), (vocab_size, dim)
+        self.parameters = [Tensor(rng.normal(size=shape), requires_grad=True) for shape in shapes]
+
+    def loss(self, inputs, targets, positions, mask):
+        """The sum over all targets that count."""
+        tok, pos, qkv, head = self.parameters
+        B, T = inputs.shape
+        x = F.embedding(inputs, tok) + F.embedding(positions, pos)  # (B, T, C)
+        parts = (x @ qkv).reshape(B, T, 6, -1).permute(0, 2, 1, 3)  # (B, 6, T, D)
+        q, k, v = parts[:, :2], parts[:, 2:4], parts[:, 4:]
+        y = F.scaled_dot_product_attention(q, k, v, mask)  # (B, heads, T, D)
+        x = x + y.permute(0, 2, 1, 3).reshape(B, T, -1)
+        return F.cross_entropy(x @ head.T, targets, reduction="sum")
+
+    def gradients(self, batches):
+        """The loss over all batches, and its gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        total = 0.0
+        for batch in batches:
+            loss = self.loss(*batch)
+            loss.backward()
+            total += loss.item()
+        return total, [parameter.grad.numpy() for parameter in self.parameters]
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_the_loss_is_that_of_the_documents_alone(split):
+    rng = np.random.default_rng(1)
+    sizes = rng.integers(2, 17, 20)
+    texts = [rng.integers(1, 41, size) for size in sizes]
+    packed = pack(texts, 16, split)
+    mask = segment_mask(packed.segments)
+    model = TinyModel()
+    together = [(packed.inputs, packed.targets, packed.positions, mask)]
+    loss, gradients = model.gradients(together)
+
+    pieces = []  # a row's part of a document, alone
+    for row in range(len(packed)):
+        for number in set(packed.segments[row].tolist()) - {-1}:
+            here = packed.segments[row] == number
+            inputs, targets = packed.inputs[row][None, here], packed.targets[row][None, here]
+            T = inputs.shape[1]
+            pieces.append((inputs, targets, np.arange(T)[None], np.tri(T, dtype=bool)))
+    if not split:
+        assert sorted(p[0].shape[1] + 1 for p in pieces) == sorted(sizes.tolist())
+    alone, expected = model.gradients(pieces)
+    assert loss == pytest.approx(alone, rel=1e-13)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
+        pack([[1, 2]], 0)
+    for nothing in ([], [[]], [[1], []]):
+        with pytest.raises(ValueError, match="nothing to pack"):
+            pack(nothing, 4)
+    with pytest.raises(ValueError, match="document 1 has 6 tokens, a row of max_length 4 takes 5"):
+        pack([[1, 2], range(6)], 4, split=False)
+    with pytest.raises(TypeError, match="encode the text first"):
+        pack([list("text")], 4)

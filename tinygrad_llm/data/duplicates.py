@@ -1,0 +1,141 @@
+"""Finding documents that nearly repeat an earlier one, without comparing every pair.
+
+Two documents are as alike as their sets of shingles (runs of k words) overlap: Jaccard's
+J(A, B) = |A ∩ B| / |A ∪ B|.
+
+    MinHash     under a random order of all shingles, A and B have the same first one with
+                probability J(A, B). So the part of many orders in which they agree estimates J.
+                Broder, "On the resemblance and containment of documents", 1997
+    banding     the signature is cut into b bands of r rows; only documents that agree in a whole
+                band are compared: with probability 1 - (1 - J^r)^b.
+                Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets", chapter 3
+"""
+
+import math
+import re
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from tinygrad_llm.data.tokens import as_tokens
+from tinygrad_llm.data.windows import at_least_one
+from tinygrad_llm.random import Generator
+
+WORD = re.compile(r"\w+")
+CHUNK = 1 << 14  # shingles at a time: a long document needs no more memory
+MISSED = 0.01  # of the documents exactly as alike as the threshold, banding misses no more
+
+
+def shingles(document: str | ArrayLike, k: int = 8) -> np.ndarray:
+    """The set of a document's k-shingles as 64-bit hashes, sorted: (n,) uint64.
+
+    document    a text, of which lower-cased words count and nothing between them; or token ids
+    k           words, or ids, in a shingle; a shorter document is one shingle
+
+    Raises ValueError for k below 1.
+    """
+    k = at_least_one("k", k)
+    if isinstance(document, str):
+        words = WORD.findall(document.lower())
+        values = np.array([zlib.crc32(word.encode()) for word in words], np.uint64)
+    else:
+        values = as_tokens(document).astype(np.uint64)
+    if not len(values):
+        return values
+    k = min(k, len(values))
+    n = len(values) - k + 1
+    hashes = np.zeros(n, np.uint64)
+    for j in range(k):
+        hashes = _mixed(hashes + values[j : j + n])
+    return np.unique(hashes)
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """Every bit of the result depends on all bits of x: SplitMix64, Steele, Lea, Flood, 2014."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class MinHash:
+    """Signatures of documents: `permutations` numbers each, of which alike documents share many.
+
+    The j-th number is the smallest of h_j(s) over all shingles s, with h_j(s) = the upper 32 bits
+    of a_j s + b_j modulo 2⁶⁴ (multiply-shift: Dietzfelbinger, 1996). `seed` draws a and b.
+    """
+
+    def __init__(self, permutations: int = 128, k: int = 8, seed: int = 0):
+        self.permutations = at_least_one("permutations", permutations)
+        self.k = at_least_one("k", k)
+        words = Generator(seed).words(4 * self.permutations).astype(np.uint64).reshape(4, -1, 1)
+        self._a = (words[0] << np.uint64(32)) | words[1] | np.uint64(1)  # odd: no two s meet
+        self._b = (words[2] << np.uint64(32)) | words[3]
+
+    def signature(self, document: str | ArrayLike) -> np.ndarray:
+        """(permutations,) uint32; that of a document without words is all 2³² - 1."""
+        smallest = np.full(self.permutations, 2**32 - 1, np.uint64)
+        hashes = shingles(document, self.k)  # (n,)
+        for start in range(0, len(hashes), CHUNK):
+            h = self._a * hashes[start : start + CHUNK] + self._b  # (permutations, CHUNK)
+            smallest = np.minimum(smallest, (h >> np.uint64(32)).min(axis=1))
+        return smallest.astype(np.uint32)
+
+
+def jaccard(first: np.ndarray, second: np.ndarray) -> float:
+    """The estimate of J from two signatures; its standard error is √(J (1 - J) / permutations)."""
+    return float(np.mean(first == second))
+
+
+def band_rows(permutations: int, threshold: float) -> int:
+    """r: the most rows in a band with which 99% of pairs with J = threshold are compared."""
+    divisors = [r for r in range(1, permutations + 1) if permutations % r == 0]
+    found = [r for r in divisors if (1 - threshold**r) ** (permutations // r) <= MISSED]
+    return max(found, default=1)
+
+
+def near_duplicates(
+    documents: Iterable[str | ArrayLike],
+    threshold: float = 0.8,
+    k: int = 8,
+    permutations: int = 128,
+    seed: int = 0,
+) -> np.ndarray:
+    """For each document the number of the one that it repeats; its own if it repeats none.
+
+    documents   texts or arrays of token ids, read once, one at a time
+    threshold   the estimated J from which on a document repeats an earlier one that was kept
+
+    Returns (N,) int64. Memory: one signature for each document that is kept.
+    Raises ValueError unless 0 < threshold <= 1 and k, permutations are at least 1.
+    """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}")
+    hasher = MinHash(permutations, k, seed)
+    rows = band_rows(hasher.permutations, threshold)
+    buckets: dict[tuple[int, bytes], list[int]] = {}
+    kept: dict[int, np.ndarray] = {}  # signatures
+    repeats = []
+    for number, document in enumerate(documents):
+        signature = hasher.signature(document)
+        keys = [(i, band.tobytes()) for i, band in enumerate(signature.reshape(-1, rows))]
+        candidates = {other for key in keys for other in buckets.get(key, ())}
+        alike = {other: jaccard(signature, kept[other]) for other in sorted(candidates)}
+        best = max(alike, key=alike.get, default=number)
+        if alike.get(best, -math.inf) >= threshold:
+            repeats.append(best)
+            continue
+        repeats.append(number)
+        kept[number] = signature
+        for key in keys:
+            buckets.setdefault(key, []).append(number)
+    return np.array(repeats, np.int64)
+
+
+def deduplicate(documents: Sequence[Any], threshold: float = 0.8, **options: int) -> list[Any]:
+    """The documents without those that nearly repeat an earlier one; see near_duplicates."""
+    repeats = near_duplicates(documents, threshold, **options)
+    return [documents[i] for i in np.flatnonzero(repeats == np.arange(len(repeats)))]

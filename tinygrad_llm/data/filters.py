@@ -1,0 +1,43 @@
+"""Which documents to leave out: those that a model finds too odd, and those with private data."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+# What personal data looks like: a start, to be extended for the corpus at hand.
+PERSONAL_DATA = {
+    "e-mail address": r"[\w.+-]+@[\w-]+(\.[\w-]+)+",
+    "telephone number": r"(?<!\w)\+?\(?\d{2,4}\)?[ .-]\d{3,4}[ .-]?\d{3,4}(?!\w)",
+    "payment card": r"(?<!\d)\d{4}([ -]?)\d{4}\1\d{4}\1\d{4}(?!\d)",
+}
+
+
+def perplexity_outliers(perplexities: ArrayLike, sigmas: float = 3.0) -> np.ndarray:
+    """True for the documents whose perplexity is above µ + sigmas σ: (N,) -> (N,) booleans.
+
+    µ and σ are the mean and standard deviation of all N. Among N numbers none lies more than
+    (N - 1) / √N deviations above the mean: with fewer than 11, three are never exceeded.
+    Raises ValueError for a nan or infinite perplexity, and for another shape.
+    """
+    p = np.asarray(perplexities, np.float64)
+    if p.ndim != 1 or not np.isfinite(p).all():
+        raise ValueError("perplexities must be one finite number for each document")
+    return p > p.mean() + sigmas * p.std() if p.size else np.zeros(0, bool)
+
+
+def blocked_by(
+    document: str, patterns: Mapping[str, str] | Sequence[str] = PERSONAL_DATA
+) -> list[str]:
+    """The names of the patterns that occur in the text: none for a document to keep.
+
+    patterns    regular expressions by name, or a plain list of them, each its own name
+
+    Raises ValueError for a pattern that is no regular expression.
+    """
+    named = patterns if isinstance(patterns, Mapping) else dict(zip(patterns, patterns))
+    try:
+        return [name for name, pattern in named.items() if re.search(pattern, document)]
+    except re.error as error:
+        raise ValueError(f"{error.pattern!r} is no regular expression: {error}") from None

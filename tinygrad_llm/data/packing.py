@@ -1,0 +1,112 @@
+"""Documents of any length in rows of one length, each as if it were alone in its row.
+
+Without packing, rows are as long as the longest document, and the rest of them is padding. Packed,
+attention stays inside each segment and positions start again: the loss is that of the documents
+one by one.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from tinygrad_llm.data.tokens import as_tokens
+from tinygrad_llm.data.windows import at_least_one
+
+IGNORED = -100  # a target that the loss does not count
+PADDING = -1  # the segment of what is no document
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows of one length T: N of them, all arrays (N, T). A dataset for DataLoader.
+
+    inputs, targets     int64; targets are -100 where the row is padded
+    segments            int32: the number of the document that a token is of, -1 for padding
+    positions           int64: 0, 1, ... in each segment
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    segments: np.ndarray
+    positions: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def batch(self, indices: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """inputs, targets, segments, positions of these rows, each (len(indices), T)."""
+        parts = self.inputs, self.targets, self.segments, self.positions
+        return tuple(part[indices] for part in parts)
+
+    @property
+    def fill(self) -> float:
+        """The part of all places that holds tokens, not padding."""
+        return float((self.segments != PADDING).mean())
+
+
+def pack(
+    documents: Iterable[ArrayLike], max_length: int, split: bool = True, pad_id: int = 0
+) -> Packed:
+    """Pack documents, each (n,) token ids, into rows of max_length.
+
+    split       True: one document after the other; where a row ends, the document goes on in the
+                next as a segment of its own. Only the last row has padding.
+                False: no document is cut; the longest are placed first, each where the least room
+                is left (best fit decreasing: Johnson, "Near-optimal bin packing algorithms", 1973)
+    pad_id      the input where a row is padded
+
+    A document of n tokens gives n - 1 inputs with their targets, each exactly once; one of fewer
+    than 2 tokens gives none. Raises ValueError for max_length below 1, no document of 2 tokens,
+    and, without split, a document longer than max_length + 1 tokens.
+    """
+    max_length = at_least_one("max_length", max_length)
+    documents = [as_tokens(document) for document in documents]
+    sizes = [max(len(document) - 1, 0) for document in documents]
+    if not any(sizes):
+        raise ValueError("nothing to pack: a document needs at least 2 tokens, an input and target")
+    starts = np.cumsum([0, *sizes[:-1]]) if split else _best_fit(sizes, max_length)
+    end = max(start + size for start, size in zip(starts, sizes))
+    shape = (-(-end // max_length), max_length)  # (N, T)
+    inputs, targets = np.full(shape, pad_id, np.int64), np.full(shape, IGNORED, np.int64)
+    segments, positions = np.full(shape, PADDING, np.int32), np.zeros(shape, np.int64)
+    for number, (document, start, size) in enumerate(zip(documents, starts, sizes)):
+        place = np.arange(start, start + size)
+        inputs.flat[place], targets.flat[place] = document[:size], document[1:]
+        segments.flat[place] = number
+        positions.flat[place] = place - np.maximum(start, place // max_length * max_length)
+    return Packed(inputs, targets, segments, positions)
+
+
+def _best_fit(sizes: Sequence[int], length: int) -> np.ndarray:
+    """Where each piece starts, counting through rows of `length`, so that none crosses a row."""
+    if max(sizes) > length:
+        raise ValueError(
+            f"document {int(np.argmax(sizes))} has {max(sizes) + 1} tokens, a row of max_length "
+            f"{length} takes {length + 1}: use split=True or a greater max_length"
+        )
+    rows_with_room = [[] for _ in range(length + 1)]  # room -> rows that have so much left
+    starts, rows = np.zeros(len(sizes), np.int64), 0
+    for number in np.argsort(-np.asarray(sizes), kind="stable").tolist():
+        size = sizes[number]
+        room = next((room for room in range(size, length + 1) if rows_with_room[room]), None)
+        if room is None:
+            row, room, rows = rows, length, rows + 1
+        else:
+            row = rows_with_room[room].pop()
+        starts[number] = row * length + length - room
+        rows_with_room[room - size].append(row)
+    return starts
+
+
+def segment_mask(segments: ArrayLike) -> np.ndarray:
+    """Which keys a query sees in packed rows: earlier ones and itself, of its own segment only.
+
+    segments (B, T) integers -> (B, 1, T, T) booleans, true where the key is seen: the mask of
+    functional.scaled_dot_product_attention, for all heads.
+    """
+    segments = np.asarray(segments)
+    T = segments.shape[-1]
+    same = segments[:, None, :, None] == segments[:, None, None, :]  # (B, 1, T, T)
+    return same & np.tri(T, dtype=bool)

@@ -1,0 +1,113 @@
+"""Text files larger than memory to a file of token ids, a block at a time.
+
+The ids are those of the whole text: blocks end where no token can reach across.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.lib.format import write_array_header_1_0
+from numpy.typing import ArrayLike
+
+from tinygrad_llm.data.corpus import read_blocks, text_files
+from tinygrad_llm.data.files import atomic_write
+from tinygrad_llm.data.tokens import as_tokens
+
+# Where the words of any tokenizer end: behind a letter or digit that a space or line end follows,
+# and between two lines that are not empty.
+WORD_END = re.compile(r"[^\W_](?=[ \n])|\S\n(?=\S)")
+BLOCK = 1 << 20  # bytes read at a time
+NEAR = 1 << 12  # characters: where the last such place usually is
+
+
+def encode_files(
+    paths: str | os.PathLike | Iterable[str | os.PathLike],
+    out: str | Path,
+    encode: Callable[[str], ArrayLike],
+    vocab_size: int,
+    separator: str = "\n\n",
+    special_tokens: Iterable[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Encode UTF-8 text files, as one text, into a `.npy` file of token ids; returns their number.
+
+    encode          text -> ids 0..vocab_size-1, by a tokenizer whose words end at spaces at the
+                    latest (GPT-2's and later ones, words, WordPiece). Then the ids are those of
+                    encode(read_corpus(paths, separator))
+    separator       goes between two files
+    special_tokens  texts that stand for one token and are never cut
+    progress        progress(done, total) is called after each block, in bytes
+
+    The file opens with open_tokens: uint16 if vocab_size fits, else uint32. It appears when it is
+    complete; a run that fails or is killed leaves what was there. Memory does not grow with
+    the text, only with the longest stretch that has no end of a word as WORD_END finds it.
+
+    Raises FileNotFoundError and ValueError for paths as read_corpus does, ValueError for ids
+    outside of the vocabulary, OSError if `out` cannot be written.
+    """
+    files = text_files(paths)
+    total = sum(file.stat().st_size for file in files)
+    dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+    count = 0
+    with atomic_write(out) as tokens:
+        _write_header(tokens, dtype, count)
+        for text, done in _blocks(files, separator, special_tokens):
+            ids = _checked(encode(text), vocab_size)
+            tokens.write(ids.astype(dtype, copy=False).tobytes())
+            count += len(ids)
+            if progress is not None:
+                progress(done, total)
+        if not count:
+            raise ValueError(f"{files[0]} gives no tokens: a corpus needs some text")
+        tokens.seek(0)
+        _write_header(tokens, dtype, count)  # as long as before: NumPy leaves room for any count
+    return count
+
+
+def _write_header(file: BinaryIO, dtype: np.dtype, count: int) -> None:
+    header = {"descr": dtype.str, "fortran_order": False, "shape": (count,)}
+    write_array_header_1_0(file, header)
+
+
+def _checked(ids: ArrayLike, vocab_size: int) -> np.ndarray:
+    ids = as_tokens(ids)
+    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise ValueError(
+            f"token ids are {ids.min()}..{ids.max()}, but vocab_size is {vocab_size}: "
+            "give the size of the tokenizer that encodes"
+        )
+    return ids
+
+
+def _blocks(
+    files: list[Path], separator: str, special_tokens: Iterable[str]
+) -> Iterator[tuple[str, int]]:
+    """The whole text in pieces that can be encoded one by one, and how many bytes are read."""
+    uncut = [name for name in special_tokens if re.search(r"\s", name)]
+    rest, done = "", 0
+    for number, path in enumerate(files):
+        rest += separator if number else ""
+        for text in read_blocks(path, BLOCK):
+            done += len(text.encode())
+            rest += text
+            if cut := _last_cut(rest, uncut):
+                yield rest[:cut], done
+                rest = rest[cut:]
+    if rest:
+        yield rest, done
+
+
+def _last_cut(text: str, uncut: list[str]) -> int:
+    """The last place where the text can be cut, 0 if there is none."""
+    # One of `uncut` may begin near the end, and go on in the next block.
+    end = max(0, len(text) - max(map(len, uncut), default=0))
+    for start in (max(0, end - NEAR), 0):
+        for match in reversed(list(WORD_END.finditer(text, start, end))):
+            cut = match.end()
+            if not any(n in text[max(0, cut - len(n) + 1) : cut + len(n) - 1] for n in uncut):
+                return cut
+    return 0
