@@ -1,0 +1,224 @@
+"""Positions: tables, relative biases, rotary embeddings and how they are stretched; heads that
+share keys, windows, and rows of several documents.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as TF  # noqa: N812
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import agree
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from tinygrad_llm import Tensor, nn, no_grad
+from tinygrad_llm import functional as F  # noqa: N812
+from tinygrad_llm.gpt import GPT, GPTConfig
+from tinygrad_llm.nn.position import halves_from_interleaved, interleaved_from_halves
+from tinygrad_llm.random import Generator
+
+
+def randn(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+
+
+def test_sinusoidal_positions():
+    table = nn.sinusoidal_positions(50, 8).data
+    for pos, k in ((0, 0), (7, 1), (49, 3)):
+        angle = pos / 10000 ** (2 * k / 8)
+        np.testing.assert_allclose(
+            table[pos, 2 * k : 2 * k + 2], [np.sin(angle), np.cos(angle)], rtol=1e-5
+        )
+    assert nn.sinusoidal_positions(5, 3).shape == (5, 3)
+
+
+def test_a_relative_bias_depends_on_the_distance():
+    bias = nn.RelativePositionBias(max_distance=2, n_heads=3)
+    bias.weight.data[...] = np.arange(15).reshape(5, 3)
+    y = bias(4, 6).data  # the last 4 of 6 tokens
+    assert y.shape == (3, 4, 6)
+    for i in range(4):
+        for j in range(6):
+            row = np.clip(j - (i + 2), -2, 2) + 2
+            assert (y[:, i, j] == bias.weight.data[row]).all()
+    scores = F.scaled_dot_product_attention(
+        *(Tensor(randn(2, 3, 6, 4)) for _ in range(3)), mask=bias(6, 6)
+    )
+    scores.sum().backward()
+    assert bias.weight.grad.shape == (5, 3)
+
+
+# --- rotary ---------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 20), st.integers(0, 20), st.integers(0, 11), st.booleans())
+@settings(max_examples=30)
+def test_scores_depend_on_the_distance_alone(i, j, shift, interleaved):
+    rope, q, k = nn.RotaryEmbedding(8, 32), Tensor(randn(1, 8)), Tensor(randn(1, 8, seed=1))
+
+    def score(i, j):
+        return (rope(q, i, interleaved) @ rope(k, j, interleaved).T).item()
+
+    assert abs(score(i, j) - score(i + shift, j + shift)) < 1e-4
+
+
+def test_layouts_are_converted():
+    """The weights of q and k in the other order of rows, and rope in the other layout: the same."""
+    rope, x = nn.RotaryEmbedding(8, 6), Tensor(randn(6, 5))
+    w = randn(16, 5)
+
+    def heads(w):
+        return (x @ Tensor(w).T).reshape(6, 2, 8).transpose(0, 1)
+
+    halves, other = heads(w), heads(interleaved_from_halves(w, 8))
+    assert not np.array_equal(halves.data, other.data)
+    a, b = rope(halves), rope(other, interleaved=True)
+    np.testing.assert_allclose(
+        (a @ a.transpose(1, 2)).data, (b @ b.transpose(1, 2)).data, rtol=1e-4, atol=1e-4
+    )
+    assert np.array_equal(halves_from_interleaved(interleaved_from_halves(w, 8), 8), w)
+    with pytest.raises(ValueError, match="weight has 16 rows; expected a multiple of head_dim 7"):
+        interleaved_from_halves(w, 7)
+
+
+def theirs(rope_type, dim, base, **options):
+    """What transformers makes of them."""
+    config = SimpleNamespace(
+        rope_parameters={"rope_type": rope_type, "rope_theta": base, **options},
+        head_dim=dim,
+        hidden_size=dim,
+        num_attention_heads=1,
+        max_position_embeddings=options["original_max_position_embeddings"],
+        standardize_rope_params=lambda: None,
+    )
+    return ROPE_INIT_FUNCTIONS[rope_type](config, device="cpu")
+
+
+def angles(rope):
+    """cos and sin of the first position after 0, as angles, and their common length."""
+    cos, sin = rope.cos.data[1].astype(float), rope.sin.data[1].astype(float)
+    return np.arctan2(sin, cos), np.hypot(cos, sin)
+
+
+def test_position_interpolation():
+    plain = nn.RotaryEmbedding(16, 2048)
+    stretched = nn.RotaryEmbedding(16, 8192, scale=4)
+    np.testing.assert_allclose(stretched.cos.data[::4], plain.cos.data, atol=1e-6)
+    np.testing.assert_allclose(angles(stretched)[0] * 4, angles(plain)[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "factor, original, base, dim", [(8.0, 8192, 5e5, 128), (4.0, 2048, 1e4, 64)]
+)
+def test_yarn(factor, original, base, dim):
+    yarn = nn.Yarn(factor, original)
+    options = {"factor": factor, "original_max_position_embeddings": original}
+    speeds, length = theirs("yarn", dim, base, **options)
+    found, lengths = angles(nn.RotaryEmbedding(dim, 4, base, yarn=yarn))
+    np.testing.assert_allclose(found, speeds.numpy(), rtol=2e-5, atol=1e-9)
+    np.testing.assert_allclose(lengths, length, rtol=1e-6)
+    if factor == 8:
+        assert yarn.length == pytest.approx(1.2079441541679836)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: nn.RotaryEmbedding(7, 4), "dim is 7; expected an even number"),
+        (lambda: nn.RotaryEmbedding(8, 4, scale=0), "must be above 0"),
+        (lambda: nn.RotaryEmbedding(8, 4)(Tensor(randn(5, 8))), "positions 0 to 4 exceed"),
+        (lambda: nn.RotaryEmbedding(8, 4)(Tensor(randn(2, 8)), start=3), "positions 3 to 4 exceed"),
+        (lambda: nn.Yarn(0.5, 8), "expected factor >= 1"),
+        (
+            lambda: F.rope(Tensor(randn(4, 7)), Tensor(randn(4, 3)), Tensor(randn(4, 3))),
+            "an even d",
+        ),
+    ],
+)
+def test_bad_arguments(call, message):
+    with pytest.raises(ValueError, match=message) as found:
+        call()
+    assert "\n" not in str(found.value)
+
+
+# --- heads that share keys, windows, packed rows --------------------------------------------------
+
+
+def attention_in_torch(layer, x):
+    """The same with PyTorch's own heads, keys repeated and a mask written out."""
+    H, K, D = layer.n_heads, layer.n_kv_heads, layer.head_dim
+    x, T = torch.tensor(x), x.shape[1]
+    weights = [torch.tensor(p.data) for p in (layer.qkv.weight, layer.qkv.bias)]
+    q, k, v = TF.linear(x, *weights).split([H * D, K * D, K * D], dim=-1)
+    q, k, v = (a.unflatten(-1, (-1, D)).transpose(1, 2) for a in (q, k, v))
+    seen = torch.ones(T, T).tril().triu(1 - layer.window).bool()
+    y = TF.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+    y = y.transpose(1, 2).flatten(2)
+    return TF.linear(
+        y, torch.tensor(layer.out_proj.weight.data), torch.tensor(layer.out_proj.bias.data)
+    )
+
+
+@given(st.sampled_from([(4, 4), (4, 2), (4, 1), (6, 3)]), st.integers(1, 9), st.integers(1, 7))
+@settings(max_examples=30)
+def test_shared_heads_and_windows(heads, T, window):
+    n_heads, n_kv_heads = heads
+    options = {"n_kv_heads": n_kv_heads, "window": window, "qkv_bias": True}
+    layer = nn.MultiHeadAttention(5, 24, 9, n_heads, **options, generator=Generator(0))
+    x = randn(2, T, 5)
+    agree(layer(Tensor(x)), attention_in_torch(layer, x), relative=1e-5)
+
+
+def test_as_many_key_heads_as_heads_is_multi_head_attention():
+    a, b = (
+        nn.MultiHeadAttention(5, 8, 9, 4, n_kv_heads=n, window=w, generator=Generator(1))
+        for n, w in ((None, None), (4, 9))
+    )
+    x = Tensor(randn(2, 9, 5))
+    assert np.array_equal(a(x).data, b(x).data)
+    assert repr(a) == repr(b)
+
+
+def test_rope_inside_attention():
+    rope = nn.RotaryEmbedding(4, 9)
+    layer = nn.MultiHeadAttention(5, 8, 9, 2, rope=rope, generator=Generator(0))
+    plain = nn.MultiHeadAttention(5, 8, 9, 2, generator=Generator(0))
+    x = Tensor(np.repeat(randn(1, 1, 5), 9, axis=1))  # the same token nine times
+    assert np.allclose(plain(x).data[:, 0], plain(x).data[:, 8], atol=1e-6)
+    q, k = (Tensor(randn(2, 9, 4, seed=s)) for s in (1, 2))
+    assert not np.allclose(rope(q).data[:, 1:], q.data[:, 1:])
+    assert layer(x).shape == plain(x).shape and k.shape == q.shape
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"n_kv_heads": 3}, "n_kv_heads must divide n_heads"),
+        ({"window": 0}, "window is a positive integer"),
+        ({"window": 3, "causal": False}, "a window needs causal=True"),
+    ],
+)
+def test_bad_heads_and_windows(options, message):
+    with pytest.raises(ValueError, match=message):
+        nn.MultiHeadAttention(8, 8, 9, 4, **options)
+
+
+def test_packed_documents_have_the_loss_that_they_have_alone():
+    cfg = GPTConfig(11, 12, 8, 2, 2, drop_rate=0.0)
+    model = GPT(cfg, Generator(0))
+    documents = [np.array(d) for d in ([1, 2, 3, 4, 5], [6, 7], [8, 9, 10, 1])]
+    row = np.concatenate([d[:-1] for d in documents] + [[0, 0]])[None]
+    targets = np.concatenate([d[1:] for d in documents] + [[-100, -100]])[None]
+    segments = np.repeat([0, 1, 2, -1], [4, 1, 3, 2])[None]
+    with no_grad():
+        alone = [(model.loss(d[None, :-1], d[None, 1:]).item(), len(d) - 1) for d in documents]
+        together = model.loss(row, targets, segments).item()
+        mixed = model.loss(row, targets).item()
+    expected = sum(loss * n for loss, n in alone) / sum(n for _, n in alone)
+    assert together == pytest.approx(expected, rel=1e-5) and mixed != pytest.approx(
+        expected, rel=1e-3
+    )
+    with pytest.raises(ValueError, match="segments are int64 of shape"):
+        model.loss(row, targets, segments[:, :3])
