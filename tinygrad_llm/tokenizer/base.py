@@ -116,7 +116,7 @@ class Tokenizer(ABC):
     ) -> np.ndarray:
         """The ids of `encode` for a long text: (N,) uint16, or uint32 if uint16 is too small."""
         ids = self.encode(text, allowed_special, disallowed_special)
-        return np.array(ids, dtype=self._id_dtype)
+        return np.fromiter(ids, self._id_dtype, len(ids))
 
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
         """Ids to text. Bytes that are no UTF-8 become U+FFFD, the replacement character.
@@ -235,6 +235,11 @@ def check_text(text: str) -> str:
             f"the text has half a surrogate pair, which is no character, at index {error.start}"
         ) from None
     return text
+
+
+def as_text(token: str | bytes) -> str:
+    """The text of a token that may be given in bytes, whatever they are."""
+    return token.decode("utf-8", "surrogateescape") if isinstance(token, bytes) else token
 
 
 def check_vocab_size(vocab_size: int, smallest: int, why: str) -> int:

@@ -153,7 +153,7 @@ class BPETokenizer(Tokenizer):
         for very long words, where our loop takes up to (length of the word)**2 steps.
         """
         ids = self._ids(text, allowed_special, disallowed_special, self._fast_ids)
-        return np.array(ids, dtype=self._id_dtype)
+        return np.fromiter(ids, self._id_dtype, len(ids))
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Any bytes to ids: decode_bytes(encode_bytes(data)) is data again.
