@@ -9,6 +9,7 @@ import numpy as np
 import regex
 
 END_OF_TEXT = "<|endoftext|>"
+CACHED_WORDS = 2**20  # remember no more words than this: memory stays bounded
 
 
 class Tokenizer(ABC):
@@ -265,3 +266,17 @@ def ordinary_pieces(special_tokens: Iterable[str], text: str) -> Iterator[str]:
     for piece, is_special in split_at(special_tokens, check_text(text)):
         if not is_special:
             yield piece
+
+
+class WordIds(dict):
+    """The ids of each word met so far: most words of a text have been seen before."""
+
+    def __init__(self, encode_word: Callable[[str], list[int]]):
+        super().__init__()
+        self.encode_word = encode_word
+
+    def __missing__(self, word: str) -> list[int]:
+        ids = self.encode_word(word)
+        if len(self) < CACHED_WORDS:
+            self[word] = ids
+        return ids

@@ -18,6 +18,7 @@ import tiktoken
 from tinygrad_llm.tokenizer.base import (
     END_OF_TEXT,
     Tokenizer,
+    WordIds,
     check_names,
     check_vocab_size,
     ordinary_pieces,
@@ -43,7 +44,6 @@ WORD = regex.compile(
 
 SINGLE_BYTES = [bytes([byte]) for byte in byte_to_printable()]  # in the order of GPT-2's ids
 BYTES_AS_TEXT = ("utf-8", "surrogateescape")  # a stand-in character for each byte that is no UTF-8
-CACHED_WORDS = 2**20  # remember no more words than this: memory stays bounded
 
 
 class BPETokenizer(Tokenizer):
@@ -63,7 +63,7 @@ class BPETokenizer(Tokenizer):
         self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
         self._tokens = {i: token for token, i in self.token_ids.items()}
         self._tokens |= {i: name.encode() for name, i in self.special_tokens.items()}
-        self._word_ids = _WordIds(self._merge_word)
+        self._word_ids = WordIds(self._merge_word)
 
     @classmethod
     def train(
@@ -226,20 +226,6 @@ class BPETokenizer(Tokenizer):
             return self.to_tiktoken()
         except ValueError:
             return None
-
-
-class _WordIds(dict):
-    """The ids of each word met so far: most words of a text have been seen before."""
-
-    def __init__(self, encode_word: Callable[[str], list[int]]):
-        super().__init__()
-        self.encode_word = encode_word
-
-    def __missing__(self, word: str) -> list[int]:
-        ids = self.encode_word(word)
-        if len(self) < CACHED_WORDS:
-            self[word] = ids
-        return ids
 
 
 def _check_spelling(special_tokens: Iterable[str], tokens: Iterable[bytes]) -> None:

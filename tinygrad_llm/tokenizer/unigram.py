@@ -16,6 +16,7 @@ import regex
 
 from tinygrad_llm.tokenizer.base import (
     Tokenizer,
+    WordIds,
     as_text,
     check_names,
     check_vocab_size,
@@ -246,7 +247,7 @@ class UnigramTokenizer(Tokenizer):
         self._unknown = min(min(pieces.values()), 0.0) - UNKNOWN_PENALTY  # 0.0 is that of <unk>
         self._tokens = {i: self._bytes_of(piece) for piece, i in token_ids.items()}
         self._tokens |= {i: name.encode() for name, i in special_tokens.items()}
-        self._chunk_ids: dict[str, list[int]] = {}
+        self._chunk_ids = WordIds(self._viterbi)
 
     @classmethod
     def train(
@@ -354,14 +355,13 @@ class UnigramTokenizer(Tokenizer):
 
     def _ordinary_ids(self, text: str) -> Iterator[int]:
         for chunk in _chunks(text, self.prefix_space):
-            if chunk not in self._chunk_ids:
-                self._chunk_ids[chunk] = self._viterbi(chunk)
             yield from self._chunk_ids[chunk]
 
     def _viterbi(self, chunk: str) -> list[int]:
         """The likeliest spelling; neighbouring characters that no piece has are one unknown."""
         unknown = dict.fromkeys(set(chunk) - self._log_probs.keys(), self._unknown)
-        path, _ = Lattice(chunk, self._log_probs | unknown, self._longest).best()
+        log_probs = self._log_probs | unknown if unknown else self._log_probs
+        path, _ = Lattice(chunk, log_probs, self._longest).best()
         ids = []
         run = ""  # of unknown characters
         for piece in [chunk[start:end] for start, end in path]:

@@ -18,6 +18,7 @@ import regex
 
 from tinygrad_llm.tokenizer.base import (
     Tokenizer,
+    WordIds,
     as_text,
     check_names,
     check_vocab_size,
@@ -156,6 +157,7 @@ class WordPieceTokenizer(Tokenizer):
         self.vocab = dict(vocab)
         self.special_tokens = dict(special_tokens)
         self.lowercase = lowercase
+        self._word_ids = WordIds(self._match)
         named = self.vocab | self.special_tokens
         self._tokens = {i: piece.encode() for piece, i in named.items()}
 
@@ -243,9 +245,9 @@ class WordPieceTokenizer(Tokenizer):
 
     def _ordinary_ids(self, text: str) -> Iterator[int]:
         for word in split_words(text, self.lowercase):
-            yield from self._word_ids(word)
+            yield from self._word_ids[word]
 
-    def _word_ids(self, word: str) -> list[int]:
+    def _match(self, word: str) -> list[int]:
         """The longest piece that fits, again and again; one unknown token if none fits."""
         unknown = [self.special_tokens[UNKNOWN]]
         if len(word) > LONGEST_WORD:
