@@ -148,23 +148,18 @@ def expectation_maximization(
     return {x: math.log(max(c / total, RAREST)) for x, c in expected.items()}, likelihood
 
 
-def losses(word_counts: Mapping[str, int], log_probs: Mapping[str, float]) -> dict[str, float]:
-    """How much likelihood is lost without each piece of two or more characters, in nats.
+def losses(log_probs: Mapping[str, float]) -> dict[str, float]:
+    """How much likelihood is lost without each piece of two or more characters.
 
-    Where the best spelling used x, the best spelling of x by other pieces takes its place:
-    loss(x) = count(x) (log p(x) - Σ log p(pieces of x))
+    In nats per piece of text. Where x was used, its best spelling by other pieces takes its place;
+    p(x) is how often that is, as the expected counts of EM say:
+    loss(x) = p(x) (log p(x) - Σ log p(pieces of x))
     """
-    longest = max(map(len, log_probs))
-    counts = Counter()
-    for word, count in word_counts.items():
-        path, _ = Lattice(word, log_probs, longest).best()
-        for start, end in path:
-            counts[word[start:end]] += count
     result = {}
     for piece, log_prob in log_probs.items():
         if len(piece) > 1:
             _, without = Lattice(piece, log_probs, len(piece) - 1).best()
-            result[piece] = counts[piece] * (log_prob - without)
+            result[piece] = math.exp(log_prob) * (log_prob - without)
     return result
 
 
@@ -200,16 +195,14 @@ def learn_pieces(
             progress(n_seeds - len(log_probs), max(n_seeds - n_pieces, 0))
         if len(log_probs) <= n_pieces:
             break
-        log_probs = _pruned(word_counts, log_probs, n_pieces)
+        log_probs = _pruned(log_probs, n_pieces)
     rounded = {x: round(log_prob, DIGITS) for x, log_prob in log_probs.items()}
     return dict(sorted(rounded.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _pruned(
-    word_counts: Mapping[str, int], log_probs: Mapping[str, float], n_pieces: int
-) -> dict[str, float]:
+def _pruned(log_probs: Mapping[str, float], n_pieces: int) -> dict[str, float]:
     """The pieces without those that are missed least."""
-    loss = losses(word_counts, log_probs)
+    loss = losses(log_probs)
     n_characters = len(log_probs) - len(loss)
     n_kept = max(int(KEPT * len(log_probs)), n_pieces) - n_characters
     kept = set(sorted(loss, key=lambda x: (-loss[x], x))[:n_kept])
