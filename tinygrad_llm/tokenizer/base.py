@@ -76,17 +76,21 @@ class Tokenizer(ABC):
         Raises ValueError for an empty text, equal ones, and what is an ordinary token already.
         """
         names = check_names(tokens)
-        for name in names:
-            token_id = self._ordinary_id(name)
-            if token_id is not None and name not in self.special_tokens:
-                raise ValueError(
-                    f"{name!r} is an ordinary token already, with id {token_id}: add another text"
-                )
-        for name in names:
-            if name not in self.special_tokens:
-                self.special_tokens[name] = self.vocab_size
-                self._tokens[self.vocab_size] = name.encode()
+        new = [name for name in names if name not in self.special_tokens]
+        for name in new:
+            self._check_new(name)
+        for token_id, name in enumerate(new, start=self.vocab_size):
+            self.special_tokens[name] = token_id
+            self._tokens[token_id] = name.encode()
         return [self.special_tokens[name] for name in names]
+
+    def _check_new(self, name: str) -> None:
+        """Raises ValueError if this text cannot become a special token."""
+        token_id = self._ordinary_id(name)
+        if token_id is not None:
+            raise ValueError(
+                f"{name!r} is an ordinary token already, with id {token_id}: add another text"
+            )
 
     def encode(
         self,

@@ -132,15 +132,6 @@ class BPETokenizer(Tokenizer):
         """
         write_directory(Path(directory), (self.merges, self.token_ids, self.special_tokens))
 
-    def add_tokens(self, tokens: Iterable[str]) -> list[int]:
-        """Add special tokens after the last id, as Tokenizer.add_tokens does.
-
-        Raises ValueError also for a text that files use for an ordinary token, such as "Ġthe".
-        """
-        names = check_names(tokens)
-        _check_spelling(names, self.token_ids)
-        return super().add_tokens(names)
-
     def encode_array(
         self,
         text: str,
@@ -187,6 +178,10 @@ class BPETokenizer(Tokenizer):
             mergeable_ranks=self.token_ids,
             special_tokens=dict(self.special_tokens),
         )
+
+    def _check_new(self, name: str) -> None:
+        super()._check_new(name)
+        _check_spelling([name], self.token_ids)
 
     def _ordinary_id(self, token: str | bytes) -> int | None:
         return self.token_ids.get(token if isinstance(token, bytes) else token.encode())
