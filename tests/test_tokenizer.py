@@ -28,6 +28,9 @@ from tinygrad_llm.tokenizer import (
     StreamDecoder,
     TiktokenTokenizer,
     Tokenizer,
+    UnigramTokenizer,
+    WordPieceTokenizer,
+    WordTokenizer,
     load,
 )
 from tinygrad_llm.tokenizer import (
@@ -735,28 +738,67 @@ def test_files_that_disagree(tmp_path):
         BPETokenizer.load(tmp_path / "nowhere")
 
 
-@settings(max_examples=50)
-@given(st.data())
-def test_a_damaged_tokenizer_json_is_a_value_error(tmp_path_factory, data):
-    """Any part of the file replaced by something else: opened with the same ids, or refused."""
-    folder = tmp_path_factory.mktemp("damaged")
-    small = BPETokenizer.train("some text", 260)
-    small.save(folder)
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    where = content
-    while True:
-        key = data.draw(
-            st.sampled_from(list(where) if isinstance(where, dict) else range(len(where)))
+SMALL = [
+    BPETokenizer.train("some text", 260),
+    WordTokenizer.train("some text"),
+    WordPieceTokenizer.train("some text", 20),
+    UnigramTokenizer.train("some text", 280),
+]
+
+
+@pytest.mark.parametrize("small", SMALL, ids=lambda small: type(small).__name__)
+def test_a_damaged_tokenizer_json_is_a_value_error(tmp_path, small):
+    """Any part of the file replaced by something else: opened if it still makes sense, or refused
+    in one line; what is opened has as many tokens as before, or as its file says."""
+    small.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    for path in tmp_path.iterdir():
+        if path != file:
+            path.unlink()
+    original = file.read_text(encoding="utf-8")
+
+    @settings(max_examples=60)
+    @given(st.data())
+    def on_any_damage(data):
+        content = where = json.loads(original)
+        while True:
+            keys = list(where) if isinstance(where, dict) else range(len(where))
+            key = data.draw(st.sampled_from(keys))
+            inner = where[key]
+            if not isinstance(inner, (dict, list)) or not inner or data.draw(st.booleans()):
+                break
+            where = inner
+        where[key] = data.draw(
+            st.none() | st.integers(-1, 300) | st.text() | st.just([]) | st.just({})
         )
-        if not isinstance(where[key], (dict, list)) or not where[key] or data.draw(st.booleans()):
-            break
-        where = where[key]
-    where[key] = data.draw(st.none() | st.integers(-1, 300) | st.text() | st.just([]) | st.just({}))
-    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    try:
-        loaded = BPETokenizer.load(folder)
-    except ValueError as error:
-        assert "tokenizer.json" in str(error)
-        assert "\n" not in str(error)
-    else:
-        assert loaded.encode("some text") == small.encode("some text")
+        file.write_text(json.dumps(content), encoding="utf-8")
+        try:
+            loaded = load(tmp_path)
+        except ValueError as error:
+            assert "tokenizer.json" in str(error)
+            assert "\n" not in str(error)
+        else:
+            ids = loaded.encode("some text")
+            assert max(ids) < loaded.vocab_size
+            if isinstance(small, BPETokenizer):
+                assert ids == small.encode("some text")
+
+    on_any_damage()
+
+
+@pytest.mark.parametrize("tokenizer", [*SMALL, FAST], ids=lambda small: type(small).__name__)
+def test_one_interface(tokenizer, tmp_path):
+    assert isinstance(tokenizer, Tokenizer)
+    ids = tokenizer.encode("some text")
+    assert tokenizer.decode(ids) == tokenizer.decode_bytes(ids).decode() == "some text"
+    assert tokenizer.encode_ordinary("some text") == ids
+    assert max(ids) < tokenizer.vocab_size
+    for name, token_id in tokenizer.special_tokens.items():
+        assert tokenizer.token_to_id(name) == token_id
+        assert tokenizer.encode(name, allowed_special="all") == [token_id]
+        assert tokenizer.decode([token_id]) == name
+    tokenizer.save(tmp_path)
+    for again in (load(tmp_path), type(tokenizer).load(tmp_path), copy.deepcopy(tokenizer)):
+        assert again.encode("some text") == ids
+        assert again.special_tokens == tokenizer.special_tokens
+    assert {p.name for p in tmp_path.iterdir()} >= {"tokenizer.json", "tokenizer_config.json"}

@@ -196,6 +196,15 @@ def test_any_text_round_trips(text):
     assert "".join([*map(stream.feed, ids), stream.finish()]) == text
 
 
+@given(REAL)
+def test_the_added_space_is_taken_away_once(text):
+    ids = WITH_UNKNOWN.encode(text)
+    stream = StreamDecoder(WITH_UNKNOWN)
+    decoded = WITH_UNKNOWN.decode(ids)
+    assert decoded == text.removeprefix(" ")
+    assert "".join(map(stream.feed, ids)) + stream.finish() == decoded
+
+
 @pytest.mark.parametrize("text", ["<0x41>", "<unk>", "a<0xZZ>", "▁"])
 def test_text_that_looks_like_pieces(text):
     assert TRAINED.decode(TRAINED.encode_ordinary(text)) == text.replace("▁", " ")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from texts import old_text, real_words
 
 from tinygrad_llm.data import embedded_corpus
-from tinygrad_llm.tokenizer import WordPieceTokenizer, load
+from tinygrad_llm.tokenizer import StreamDecoder, WordPieceTokenizer, load
 from tinygrad_llm.tokenizer.wordpiece import SPECIAL_TOKENS, learn_pieces, normalize, split_words
 
 CORPUS = embedded_corpus()[:60_000]
@@ -137,6 +137,8 @@ def test_words_round_trip(text):
     assert split_words(TRAINED.decode(ids)) == words
     assert TRAINED.encode(TRAINED.decode(ids)) == ids
     assert TRAINED.encode_array(text).tolist() == ids
+    stream = StreamDecoder(TRAINED)
+    assert "".join(map(stream.feed, ids)) + stream.finish() == TRAINED.decode(ids)
 
 
 @pytest.mark.parametrize("ours", [TRAINED, CASED], ids=["lowercase", "cased"])

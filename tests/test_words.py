@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from texts import old_text, verdict
 
-from tinygrad_llm.tokenizer import WordTokenizer, load
+from tinygrad_llm.tokenizer import StreamDecoder, WordTokenizer, load
 from tinygrad_llm.tokenizer.words import AT_COMMAS, AT_SPACE, build_vocabulary, split_words
 
 END, UNKNOWN = "<|endoftext|>", "<|unk|>"
@@ -101,6 +101,8 @@ def test_words_round_trip(text):
     assert [TOKENIZER.decode([i]) for i in ids] == words
     assert TOKENIZER.encode(TOKENIZER.decode(ids)) == ids
     assert TOKENIZER.encode_array(text).tolist() == ids
+    stream = StreamDecoder(TOKENIZER)
+    assert "".join(map(stream.feed, ids)) + stream.finish() == TOKENIZER.decode(ids)
 
 
 def test_hugging_face_gets_the_same_ids(tmp_path):

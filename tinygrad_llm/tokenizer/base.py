@@ -17,8 +17,9 @@ class Tokenizer(ABC):
 
     special_tokens: the ids of texts that stand for one token and are never split or merged.
 
-    A subclass says how it encodes text without special tokens (`_ordinary_ids`), how it joins
-    tokens (`decode`), which ordinary tokens it has (`_ordinary_id`), and what its files hold.
+    A subclass says how it encodes text without special tokens (`_ordinary_ids`), where spaces go
+    between tokens (`_spaced`), which ordinary tokens it has (`_ordinary_id`), and what its files
+    hold.
     """
 
     special_tokens: dict[str, int]
@@ -140,9 +141,16 @@ class Tokenizer(ABC):
                 'expected whole characters; errors="replace" shows U+FFFD instead'
             ) from None
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Ids to the bytes they stand for. Raises as `decode` does."""
-        return b"".join(self._pieces(ids))
+    def decode_bytes(self, ids: Iterable[int], first: bool = True) -> bytes:
+        """Ids to the bytes of their text. Raises as `decode` does.
+
+        first: whether the text begins here; a word that follows others has a space before it.
+        """
+        return b"".join(self._spaced(self._pieces(ids), first))
+
+    def _spaced(self, pieces: Iterator[bytes], first: bool) -> Iterator[bytes]:
+        """The pieces as they stand in a text: nothing to do if they bring their own spaces."""
+        return pieces
 
     @property
     def _id_dtype(self) -> type:

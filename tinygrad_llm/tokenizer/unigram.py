@@ -341,10 +341,11 @@ class UnigramTokenizer(Tokenizer):
             },
         )
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Ids to the bytes they stand for. Raises as `decode` does."""
-        data = super().decode_bytes(ids)
-        return data.removeprefix(b" ") if self.prefix_space else data
+    def _spaced(self, pieces: Iterator[bytes], first: bool) -> Iterator[bytes]:
+        """All pieces as they are, but for the space that encoding put before the text."""
+        for piece in pieces:
+            yield piece.removeprefix(b" ") if first and self.prefix_space else piece
+            first = False
 
     def _ordinary_ids(self, text: str) -> Iterator[int]:
         for chunk in _chunks(text, self.prefix_space):

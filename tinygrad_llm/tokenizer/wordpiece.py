@@ -230,18 +230,16 @@ class WordPieceTokenizer(Tokenizer):
             decoder={"type": "WordPiece", "prefix": PREFIX, "cleanup": False},
         )
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The words with a space between them, in UTF-8. Raises as `decode` does."""
-        return b"".join(self._spaced(ids))
-
-    def _spaced(self, ids: Iterable[int]) -> Iterator[bytes]:
-        for number, piece in enumerate(self._pieces(ids)):
-            if number == 0:
+    def _spaced(self, pieces: Iterator[bytes], first: bool) -> Iterator[bytes]:
+        """A space before each piece that begins a word."""
+        for piece in pieces:
+            if first:
                 yield piece
             elif piece.startswith(PREFIX.encode()):
                 yield piece.removeprefix(PREFIX.encode())
             else:
                 yield b" " + piece
+            first = False
 
     def _ordinary_ids(self, text: str) -> Iterator[int]:
         for word in split_words(text, self.lowercase):

@@ -5,7 +5,7 @@ unknown token, lost. Raschka, "Build a Large Language Model (From Scratch)", sec
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tinygrad_llm.tokenizer.base import (
@@ -32,7 +32,7 @@ AT_SPACE = re.compile(r"(\s)")
 AT_COMMAS = re.compile(r"([,.]|\s)")
 AT_PUNCTUATION = re.compile(r"""([,.:;?_!"()']|--|\s)""")
 
-SPACE_BEFORE_PUNCTUATION = re.compile(r"""\s+([,.:;?!"()'])""")
+NO_SPACE_BEFORE = tuple(bytes([sign]) for sign in b""",.:;?!"()'""")
 
 # The same cuts for Hugging Face: punctuation is a word, white space is dropped. Python counts four
 # control characters as white space that Unicode does not.
@@ -167,16 +167,11 @@ class WordTokenizer(Tokenizer):
         """
         return super().encode(text, allowed_special, disallowed_special)
 
-    def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
-        """Ids to words with a space between them, but none before punctuation.
-
-        Which spaces the text had is lost. Raises as Tokenizer.decode does.
-        """
-        return SPACE_BEFORE_PUNCTUATION.sub(r"\1", super().decode(ids, errors))
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The words with a space between them, in UTF-8. Raises as `decode` does."""
-        return b" ".join(self._pieces(ids))
+    def _spaced(self, pieces: Iterator[bytes], first: bool) -> Iterator[bytes]:
+        """A space before each but the first; none before punctuation. The text's own are lost."""
+        for piece in pieces:
+            yield piece if first or piece.startswith(NO_SPACE_BEFORE) else b" " + piece
+            first = False
 
     def _ordinary_ids(self, text: str) -> list[int]:
         return [self._word_id(word) for word in split_words(text)]
