@@ -652,7 +652,9 @@ def test_load_finds_the_type(tmp_path):
     TRAINED.save(tmp_path)
     assert same(load(tmp_path), TRAINED)
     edited(tmp_path / "tokenizer.json", lambda c: c | {"model": {"type": "Morse"}})
-    with pytest.raises(ValueError, match="type Morse: expected BPE, WordPiece, Unigram, WordLevel"):
+    with pytest.raises(
+        ValueError, match="type 'Morse': expected BPE, WordPiece, Unigram, WordLevel"
+    ):
         load(tmp_path)
     with pytest.raises(ValueError, match=r"vocab\.json is missing"):
         load(tmp_path / "nowhere")

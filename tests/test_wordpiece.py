@@ -230,7 +230,7 @@ EDITS = {
     "vocab to map tokens": lambda c: c["model"].update(vocab=[]) or c,
     "continuing_subword_prefix": lambda c: c["model"].update(continuing_subword_prefix="@@") or c,
     "expected WordPiece": lambda c: c["model"].update(type="BPE") or c,
-    "type unknown": lambda c: c | {"model": None},
+    "type 'unknown'": lambda c: c | {"model": None},
     "added_tokens with a content": lambda c: c | {"added_tokens": [5]},
 }
 

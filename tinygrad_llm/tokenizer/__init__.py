@@ -66,5 +66,5 @@ def load(directory: str | Path) -> Tokenizer:
     path = Path(directory) / TOKENIZER
     kind = model_type(read_json(path)) if path.exists() else "BPE"
     if kind not in TYPES:
-        raise ValueError(f"{path} holds a tokenizer of type {kind}: expected {', '.join(TYPES)}")
+        raise ValueError(f"{path} holds a tokenizer of type {kind!r}: expected {', '.join(TYPES)}")
     return TYPES[kind].load(directory)

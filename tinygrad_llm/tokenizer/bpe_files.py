@@ -159,7 +159,7 @@ def _special_tokens_of_config(path: Path) -> dict[str, int | None]:
     config = read_json(path) if path.exists() else {}
     kind = config.get("tokenizer_class", "GPT2Tokenizer")
     if kind not in ("GPT2Tokenizer", "GPT2TokenizerFast"):
-        raise ValueError(f"{path} says tokenizer_class {kind}: expected GPT2Tokenizer")
+        raise ValueError(f"{path} says tokenizer_class {kind!r}: expected GPT2Tokenizer")
     if "added_tokens_decoder" not in config:
         return {END_OF_TEXT: None}
     try:

@@ -103,7 +103,7 @@ def read_tokenizer(directory: Path, kind: str) -> tuple[dict[str, Any], Path]:
     content = read_json(path)
     found = model_type(content)
     if found != kind:
-        raise ValueError(f"{path} holds a tokenizer of type {found}: expected {kind}")
+        raise ValueError(f"{path} holds a tokenizer of type {found!r}: expected {kind}")
     return content, path
 
 
