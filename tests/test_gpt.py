@@ -385,3 +385,51 @@ def test_wrong_ids(ids, error, message):
 def test_targets_of_another_shape():
     with pytest.raises(ValueError, match=r"\(2, 9, 53\) need targets of shape \(2, 9\)"):
         build().loss(batch()[0], np.zeros((2, 8), int))
+
+
+# --- more tokens ----------------------------------------------------------------------------------
+
+
+@tying
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_resize_token_embeddings(tie_weights, dtype):
+    model = build(dtype=dtype, tie_weights=tie_weights).eval()
+    old_rows = model.tok_emb.weight.data.copy()
+    ids, _ = batch()
+    before = model(ids).data
+    model.resize_token_embeddings(2053, Generator(7))
+
+    assert model.cfg.vocab_size == model.tok_emb.num_embeddings == 2053
+    assert (model.out_head.weight is model.tok_emb.weight) == tie_weights
+    assert model.num_parameters() == model.cfg.num_parameters()
+    logits = model(ids).data
+    assert logits.dtype == dtype
+    np.testing.assert_allclose(logits[..., :53], before, rtol=1e-6, atol=1e-6)
+    for layer, old in ((model.tok_emb, old_rows), (model.out_head, None)):
+        weight = layer.weight.data
+        assert weight.shape == (2053, 16) and weight.dtype == dtype
+        assert old is None or np.array_equal(weight[:53], old)
+        assert abs(weight[53:].std() - 0.02) < 0.001  # 32,000 draws of N(0, 0.02)
+        assert abs(weight[53:].mean()) < 0.001
+
+
+@tying
+def test_a_resized_model_trains_on_its_new_tokens(tie_weights):
+    model = build(tie_weights=tie_weights)
+    model.resize_token_embeddings(55)
+    model.loss(np.array([[53, 54, 0]]), np.array([[54, 0, 53]])).backward()
+    for layer in (model.tok_emb, model.out_head):
+        assert layer.weight.grad.shape == (55, 16)
+        assert np.all(layer.weight.grad.data[53:].any(axis=1))
+    GPT(model.cfg).load_state_dict(model.state_dict())
+
+
+def test_resizing_to_the_same_or_fewer():
+    model = build()
+    weight = model.tok_emb.weight
+    model.resize_token_embeddings(53)
+    assert model.tok_emb.weight is weight
+    with pytest.raises(ValueError, match="cannot shrink from 53 to 52 tokens"):
+        model.resize_token_embeddings(52)
+    with pytest.raises(ValueError, match="vocab_size"):
+        model.resize_token_embeddings(54.5)

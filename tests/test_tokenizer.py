@@ -7,19 +7,35 @@ import copy
 import json
 import os
 import pickle
+import re
 import shutil
+import unicodedata
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import regex
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from texts import data_file, verdict
 
 from tinygrad_llm.data import embedded_corpus
-from tinygrad_llm.tokenizer import BPETokenizer, StreamDecoder
+from tinygrad_llm.tokenizer import (
+    BPETokenizer,
+    StreamDecoder,
+    TiktokenTokenizer,
+    Tokenizer,
+    UnigramTokenizer,
+    WordPieceTokenizer,
+    WordTokenizer,
+    load,
+)
+from tinygrad_llm.tokenizer import (
+    gpt2 as gpt2_of_tiktoken,
+)
 from tinygrad_llm.tokenizer.bpe import WORD
 from tinygrad_llm.tokenizer.bpe_files import byte_to_printable, printable
 from tinygrad_llm.tokenizer.bpe_train import learn_merges, merge_pair
@@ -33,13 +49,6 @@ ANY_TEXT = st.text() | st.text(st.sampled_from("aeinst  \n'1é.")) | st.text("ab
 # Libraries know different Unicode versions: compare on characters that Python already knows.
 KNOWN_TEXT = st.text(st.characters(exclude_categories=["Cs", "Cn"])) | st.text("aeinst  \n'1é.")
 WITH_SPECIAL = st.lists(KNOWN_TEXT | st.sampled_from([END, "<|user|>"])).map("".join)
-
-
-def data_file(name: str) -> Path:
-    folder = os.environ.get("TINYGRAD_LLM_DATA")
-    if not folder:
-        pytest.skip("set TINYGRAD_LLM_DATA to the folder with gpt2-bpe/ and the-verdict.txt")
-    return Path(folder) / name
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +83,51 @@ def test_special_tokens_round_trip(text):
     assert TRAINED.decode(TRAINED.encode_ordinary(text)) == text
 
 
-def test_tiktoken_takes_the_merges_of_any_training():
-    assert TRAINED._tiktoken is not None  # otherwise the next test would compare nothing
+FAST = TiktokenTokenizer(TRAINED.to_tiktoken())
 
 
 @given(ANY_TEXT | WITH_SPECIAL)
 def test_our_loop_equals_tiktoken(text):
+    ids = TRAINED.encode(text, allowed_special="all")
     array = TRAINED.encode_array(text, allowed_special="all")
     assert array.dtype == np.uint16
-    assert array.tolist() == TRAINED.encode(text, allowed_special="all")
+    assert array.tolist() == ids
+
+
+@given(KNOWN_TEXT | WITH_SPECIAL)
+def test_through_tiktoken(text):
+    ids = TRAINED.encode(text, allowed_special="all")
+    assert FAST.encode(text, allowed_special="all") == ids
+    assert FAST.encode_array(text, allowed_special="all").tolist() == ids
+    assert FAST.encoding.encode(text, allowed_special="all") == ids
+    assert FAST.encode_ordinary(text) == TRAINED.encode_ordinary(text)
+    assert FAST.decode(ids) == text
+
+
+def test_characters_that_tiktoken_does_not_know():
+    """`regex` may know newer letters: each word of them goes through our own loop."""
+    new = [c for c in map(chr, range(0x10000, 0x30000)) if unicodedata.category(c) == "Cn"]
+    letters = "".join(c for c in new if regex.match(r"\p{L}", c))
+    for text in (letters, f"a {letters[:3]} b\n{letters[-3:]}", f"é{letters[:1]}\u2028"):
+        assert TRAINED.encode_array(text).tolist() == TRAINED.encode(text)
+
+
+def test_to_tiktoken_and_back(tmp_path):
+    assert same(FAST.to_bpe(), TRAINED)
+    FAST.save(tmp_path)
+    loaded = TiktokenTokenizer.load(tmp_path)
+    assert loaded.special_tokens == TRAINED.special_tokens
+    assert loaded.encode(CORPUS[:1000]) == TRAINED.encode(CORPUS[:1000])
+    assert FAST.token_to_id(" the") == TRAINED.token_to_id(b" the")
+    with pytest.raises(ValueError, match="not made by merges"):
+        TiktokenTokenizer(
+            tiktoken.Encoding(
+                "bad",
+                pat_str=".+",
+                mergeable_ranks={bytes([i]): i for i in range(256)} | {b"abcd": 256},
+                special_tokens={},
+            )
+        ).to_bpe()
 
 
 @pytest.mark.parametrize("text", [" " * 400_000 + "a", "\n" * 1000, "the" * 3000, "é" * 1000])
@@ -201,6 +246,79 @@ def test_copies_and_pickles():
         assert other.encode_array("a new phrase").tolist() == TRAINED.encode("a new phrase")
 
 
+# The book's trainer (its bonus material), and how ours differs
+
+
+BOOKS_TEXT = "Jack embraced beauty through art and life."
+BOOKS_IDS = [74, 361, 310, 109, 98, 420, 397, 100, 300, 428, 116, 121, 519, 699, 299, 808, 534]
+BOOKS_SIMPLE_IDS = [
+    *[424, 256, 654, 531, 302, 311, 256, 296, 97, 465, 121, 595, 841, 116, 287, 466, 256, 326],
+    *[972, 46],
+]
+
+
+def books_merges(words: dict[bytes, int], n_merges: int) -> list[tuple[bytes, bytes]]:
+    """Of equally frequent pairs, the first in the text as it is now; ours: the first there was."""
+    spellings = {word: [bytes([byte]) for byte in word] for word in words}
+    merges = []
+    for _ in range(n_merges):
+        counts = Counter()
+        for word, count in words.items():
+            for pair in pairwise(spellings[word]):
+                counts[pair] += count
+        merges.append(max(counts, key=counts.__getitem__))
+        for word, parts in spellings.items():
+            if merges[-1][0] in parts:
+                spellings[word] = merge_pair(parts, merges[-1])
+    return merges
+
+
+def books_encode(word: bytes, ids: dict[bytes, int]) -> list[int]:
+    """The word if it is a token; else neighbours are joined from left to right wherever they make
+    a token, again and again. GPT-2, and we, join the pair that was learned first."""
+    parts = [word] if word in ids else [bytes([byte]) for byte in word]
+    while True:
+        joined, i = [], 0
+        while i < len(parts):
+            step = 2 if i + 1 < len(parts) and parts[i] + parts[i + 1] in ids else 1
+            joined.append(b"".join(parts[i : i + step]))
+            i += step
+        if joined == parts:
+            return [ids[part] for part in parts]
+        parts = joined
+
+
+@pytest.mark.parametrize("variant", ["current", "simple"])
+def test_the_books_trainer(variant):
+    """Its tokens are 256 characters, the space as 256, <|endoftext|> as 257, and 742 merges; its
+    words are cut at spaces and lines only. The simple variant cuts nowhere."""
+    text = verdict().encode()
+    cut = Counter(re.findall(rb" ?[^ \n]+|[ \n]", text))
+    words, expected = (cut, BOOKS_IDS) if variant == "current" else ({text: 1}, BOOKS_SIMPLE_IDS)
+    merges = books_merges(words, 742)
+    ids = {bytes([byte]): byte for byte in range(256)} | {b" ": 256}
+    ids |= {left + right: 258 + i for i, (left, right) in enumerate(merges)}
+    assert len(ids) + 1 == 256 + 1 + 742
+    found = re.findall(rb" ?[^ ]+", BOOKS_TEXT.encode())
+    assert [i for word in found for i in books_encode(word, ids)] == expected
+
+
+def test_ours_on_the_books_text():
+    """1,000 tokens are one merge more here, as the space is a byte. Our words are GPT-2's."""
+    trained = BPETokenizer.train(verdict(), 1000)
+    assert len(trained.merges) == 1000 - 256 - 1
+    ids = trained.encode(BOOKS_TEXT)
+    assert [trained.decode([i]) for i in ids] == [
+        *["J", "ack", " e", "m", "b", "r", "ac", "ed", " be", "a", "ut", "y", " through", " art"],
+        *[" and", " life", "."],
+    ]
+
+
+def test_playing_is_play_and_ing():
+    trained = BPETokenizer.train("play played plays sing singing king ring", 272, [])
+    assert [trained.decode([i]) for i in trained.encode("playing")] == ["play", "ing"]
+
+
 # GPT-2's own vocabulary
 
 KNOWN_IDS = {
@@ -210,6 +328,10 @@ KNOWN_IDS = {
     ],
     "Akwirw ier": [33901, 86, 343, 86, 220, 959],
     "Every effort moves you": [6109, 3626, 6100, 345],
+    "Every day holds a": [6109, 1110, 6622, 257],
+    "Hello, I am": [15496, 11, 314, 716],
+    "Do you have time": [5211, 345, 423, 640],
+    "This is some text": [1212, 318, 617, 2420],
     "Implementations": [3546, 26908, 602],
     "Hello, world. Is this-- a test?": [15496, 11, 995, 13, 1148, 428, 438, 257, 1332, 30],
     "asdf asdfasdf a!!, @aba 9asdf90asdfk": [
@@ -221,22 +343,92 @@ KNOWN_IDS = {
 }
 
 
-@pytest.mark.parametrize("text", KNOWN_IDS)
-def test_gpt2_known_ids(gpt2, text):
-    assert gpt2.encode(text, allowed_special={END}) == KNOWN_IDS[text]
-    assert gpt2.decode(KNOWN_IDS[text]) == text
+# The first 50 ids of the-verdict.txt
+VERDICT = [
+    *[40, 367, 2885, 1464, 1807, 3619, 402, 271, 10899, 2138, 257, 7026, 15632, 438, 2016, 257],
+    *[922, 5891, 1576, 438, 568, 340, 373, 645, 1049, 5975, 284, 502, 284, 3285, 326, 11, 287],
+    *[262, 6001, 286, 465, 13476, 11, 339, 550, 5710, 465, 12036, 11, 6405, 257, 5527, 27075, 11],
+]
 
 
-def test_gpt2_equals_tiktoken(gpt2):
-    assert gpt2.vocab_size == 50257
-    assert gpt2.end_of_text == 50256
+@pytest.fixture(scope="module")
+def through_tiktoken() -> TiktokenTokenizer:
     if not os.environ.get("TIKTOKEN_CACHE_DIR"):
         pytest.skip("set TIKTOKEN_CACHE_DIR to a folder with tiktoken's files of gpt2")
-    theirs = tiktoken.get_encoding("gpt2")
-    verdict = data_file("the-verdict.txt").read_text(encoding="utf-8")
-    assert len(gpt2.encode(verdict)) == 5145
-    assert gpt2._tiktoken is not None
-    for text in (CORPUS[:100_000], verdict):
+    return gpt2_of_tiktoken()
+
+
+@pytest.fixture(params=["gpt2", "through_tiktoken"])
+def either(request) -> Tokenizer:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.parametrize("text", KNOWN_IDS)
+def test_gpt2_known_ids(either, text):
+    assert either.encode(text, allowed_special={END}) == KNOWN_IDS[text]
+    assert either.decode(KNOWN_IDS[text]) == text
+
+
+def test_gpt2_reads_the_verdict(either):
+    ids = either.encode(verdict())
+    assert len(ids) == 5145
+    assert ids[:50] == VERDICT
+    assert either.decode(ids) == verdict()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a\nb", "a\n\nb", "\nHello", "Hello\n", "a\r\nb", "Hello \nworld", "  Hello World."],
+)
+def test_gpt2_white_space(either, text):
+    assert either.decode(either.encode(text)) == text
+
+
+def test_gpt2_special_tokens(either):
+    assert either.vocab_size == 50257
+    assert either.special_tokens == {END: 50256}
+    with pytest.raises(ValueError, match=r"pass allowed_special=\['<\|endoftext\|>'\]"):
+        either.encode(f"a{END}b")
+    assert either.encode(f"a{END}b", allowed_special="all") == [64, 50256, 65]
+    assert 50256 not in either.encode_ordinary(f"a{END}b")
+    # Lecture notes once allowed "[EOS]", which is text like any other to GPT-2.
+    with pytest.raises(ValueError, match=r"'\[EOS\]' is no special token of this vocabulary"):
+        either.encode("text", allowed_special={"[EOS]"})
+
+
+def test_gpt2_of_tiktoken_is_ours(gpt2, through_tiktoken):
+    assert same(through_tiktoken.to_bpe(), gpt2)
+
+
+def test_gpt2_with_new_tokens(gpt2, through_tiktoken, tmp_path):
+    text = f"Sample text with MyNewToken_1 and MyNewToken_2. {END}"
+    ids = [36674, 2420, 351, 220, 50257, 290, 220, 50258, 13, 220, 50256]
+    for either in (copy.deepcopy(gpt2), TiktokenTokenizer(through_tiktoken.encoding)):
+        assert either.add_tokens(["MyNewToken_1", "MyNewToken_2"]) == [50257, 50258]
+        assert either.add_tokens([END, "MyNewToken_2"]) == [50256, 50258]  # nothing new
+        assert either.vocab_size == 50259
+        assert either.encode(text, allowed_special="all") == ids
+        assert either.encode_array(text, allowed_special="all").tolist() == ids
+        assert either.decode(ids) == text
+        with pytest.raises(ValueError, match="MyNewToken_"):
+            either.encode(text, allowed_special={END})
+        either.save(tmp_path)
+        assert load(tmp_path).encode(text, allowed_special="all") == ids
+
+
+def test_gpt2_without_a_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody answers
+    with pytest.raises(ConnectionError, match="set TIKTOKEN_CACHE_DIR") as caught:
+        gpt2_of_tiktoken()
+    assert "\n" not in str(caught.value)
+
+
+def test_gpt2_equals_tiktoken(gpt2, through_tiktoken):
+    theirs = through_tiktoken.encoding
+    for text in (CORPUS[:100_000], verdict()):
         ids = gpt2.encode(text)
         assert ids == theirs.encode(text)
         assert gpt2.encode_array(text).tolist() == ids
@@ -347,6 +539,19 @@ def test_merges_that_tiktoken_would_apply_otherwise(tmp_path):
     loaded = BPETokenizer.load(tmp_path)
     assert loaded.encode("abc") == [256, loaded.token_to_id("c")]
     assert loaded.encode_array("abc").tolist() == loaded.encode("abc")
+    with pytest.raises(ValueError, match="tiktoken would merge b'abc'"):
+        loaded.to_tiktoken()
+
+
+def test_ids_in_another_order_than_merges(tmp_path):
+    tokens = [*byte_to_printable().values(), "abc", "ab"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    (tmp_path / "merges.txt").write_text("a b\nab c\n", encoding="utf-8")
+    loaded = load(tmp_path)
+    assert loaded.encode_array("abc ab").tolist() == loaded.encode("abc ab") == [256, 220, 257]
+    with pytest.raises(ValueError, match="in the order of the merges"):
+        loaded.to_tiktoken()
 
 
 # Bad input
@@ -414,12 +619,45 @@ def test_bad_text_and_ids():
     for bad in (["a"], [1.0], [[1, 2]], np.zeros((2, 2), int), "12", 5):
         with pytest.raises(TypeError, match="integers"):
             TRAINED.decode(bad)
+    with pytest.raises(ValueError, match="no UTF-8 at byte offset 1: expected whole characters"):
+        TRAINED.decode(TRAINED.encode_bytes(b"a\xff"), errors="strict")
+    with pytest.raises(ValueError, match="errors must be"):
+        TRAINED.decode([1], errors="ignore")
     with pytest.raises(ValueError, match="not one token"):
         TRAINED.token_to_id("a whole sentence")
     with pytest.raises(ValueError, match="not one token"):
         BPETokenizer.train("text", 300, special_tokens=[]).end_of_text  # noqa: B018
     assert TRAINED.decode([]) == ""
     assert TRAINED.decode(np.array(TRAINED.encode("text"), np.uint16)) == "text"
+
+
+def test_bad_new_tokens():
+    trained = BPETokenizer.train("the the", 260)
+    before = trained.vocab_size
+    for bad, message in (
+        ([""], "none of them empty"),
+        (["<a>", "<a>"], "different"),
+        (["the"], "'the' is an ordinary token already, with id 257"),
+        (["Ġthe"], "looks like an ordinary one"),
+        (["\ud83d"], "surrogate pair"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trained.add_tokens(["<new>", *bad])
+    with pytest.raises(TypeError, match="list of texts"):
+        trained.add_tokens("<new>")
+    assert trained.vocab_size == before  # all or nothing
+
+
+def test_load_finds_the_type(tmp_path):
+    TRAINED.save(tmp_path)
+    assert same(load(tmp_path), TRAINED)
+    edited(tmp_path / "tokenizer.json", lambda c: c | {"model": {"type": "Morse"}})
+    with pytest.raises(
+        ValueError, match="type 'Morse': expected BPE, WordPiece, Unigram, WordLevel"
+    ):
+        load(tmp_path)
+    with pytest.raises(ValueError, match=r"vocab\.json is missing"):
+        load(tmp_path / "nowhere")
 
 
 def edited(path: Path, edit) -> None:
@@ -489,7 +727,7 @@ def test_tokenizers_of_another_kind(tmp_path):
         BPETokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     edited(tmp_path / "tokenizer_config.json", lambda c: c | {"tokenizer_class": "BertTokenizer"})
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json says .* BertTokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json says .* 'BertTokenizer'"):
         BPETokenizer.load(tmp_path)
 
 
@@ -502,28 +740,67 @@ def test_files_that_disagree(tmp_path):
         BPETokenizer.load(tmp_path / "nowhere")
 
 
-@settings(max_examples=50)
-@given(st.data())
-def test_a_damaged_tokenizer_json_is_a_value_error(tmp_path_factory, data):
-    """Any part of the file replaced by something else: opened with the same ids, or refused."""
-    folder = tmp_path_factory.mktemp("damaged")
-    small = BPETokenizer.train("some text", 260)
-    small.save(folder)
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    where = content
-    while True:
-        key = data.draw(
-            st.sampled_from(list(where) if isinstance(where, dict) else range(len(where)))
+SMALL = [
+    BPETokenizer.train("some text", 260),
+    WordTokenizer.train("some text"),
+    WordPieceTokenizer.train("some text", 20),
+    UnigramTokenizer.train("some text", 280),
+]
+
+
+@pytest.mark.parametrize("small", SMALL, ids=lambda small: type(small).__name__)
+def test_a_damaged_tokenizer_json_is_a_value_error(tmp_path, small):
+    """Any part of the file replaced by something else: opened if it still makes sense, or refused
+    in one line; what is opened has as many tokens as before, or as its file says."""
+    small.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    for path in tmp_path.iterdir():
+        if path != file:
+            path.unlink()
+    original = file.read_text(encoding="utf-8")
+
+    @settings(max_examples=60)
+    @given(st.data())
+    def on_any_damage(data):
+        content = where = json.loads(original)
+        while True:
+            keys = list(where) if isinstance(where, dict) else range(len(where))
+            key = data.draw(st.sampled_from(keys))
+            inner = where[key]
+            if not isinstance(inner, (dict, list)) or not inner or data.draw(st.booleans()):
+                break
+            where = inner
+        where[key] = data.draw(
+            st.none() | st.integers(-1, 300) | st.text() | st.just([]) | st.just({})
         )
-        if not isinstance(where[key], (dict, list)) or not where[key] or data.draw(st.booleans()):
-            break
-        where = where[key]
-    where[key] = data.draw(st.none() | st.integers(-1, 300) | st.text() | st.just([]) | st.just({}))
-    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    try:
-        loaded = BPETokenizer.load(folder)
-    except ValueError as error:
-        assert "tokenizer.json" in str(error)
-        assert "\n" not in str(error)
-    else:
-        assert loaded.encode("some text") == small.encode("some text")
+        file.write_text(json.dumps(content), encoding="utf-8")
+        try:
+            loaded = load(tmp_path)
+        except ValueError as error:
+            assert "tokenizer.json" in str(error)
+            assert "\n" not in str(error)
+        else:
+            ids = loaded.encode("some text")
+            assert max(ids) < loaded.vocab_size
+            if isinstance(small, BPETokenizer):
+                assert ids == small.encode("some text")
+
+    on_any_damage()
+
+
+@pytest.mark.parametrize("tokenizer", [*SMALL, FAST], ids=lambda small: type(small).__name__)
+def test_one_interface(tokenizer, tmp_path):
+    assert isinstance(tokenizer, Tokenizer)
+    ids = tokenizer.encode("some text")
+    assert tokenizer.decode(ids) == tokenizer.decode_bytes(ids).decode() == "some text"
+    assert tokenizer.encode_ordinary("some text") == ids
+    assert max(ids) < tokenizer.vocab_size
+    for name, token_id in tokenizer.special_tokens.items():
+        assert tokenizer.token_to_id(name) == token_id
+        assert tokenizer.encode(name, allowed_special="all") == [token_id]
+        assert tokenizer.decode([token_id]) == name
+    tokenizer.save(tmp_path)
+    for again in (load(tmp_path), type(tokenizer).load(tmp_path), copy.deepcopy(tokenizer)):
+        assert again.encode("some text") == ids
+        assert again.special_tokens == tokenizer.special_tokens
+    assert {p.name for p in tmp_path.iterdir()} >= {"tokenizer.json", "tokenizer_config.json"}

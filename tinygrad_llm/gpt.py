@@ -4,13 +4,23 @@ Letters in shapes: B sequences, T tokens in each, C channels (emb_dim), V token 
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from . import functional as F  # noqa: N812 (PyTorch's name for it)
-from .nn import Dropout, Embedding, LayerNorm, Linear, Module, ModuleList, TransformerBlock, no_init
+from .nn import (
+    Dropout,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Module,
+    ModuleList,
+    Parameter,
+    TransformerBlock,
+    no_init,
+)
 from .nn.init import constant_, normal_
 from .nn.layers import check_divides, check_probability, check_sizes
 from .random import Generator
@@ -217,6 +227,34 @@ class GPT(Module):
         """
         logits = self(ids, segments)  # (B, T, V)
         return F.cross_entropy(logits, targets)  # ()
+
+    def resize_token_embeddings(self, vocab_size: int, generator: Generator | None = None) -> None:
+        """Rows for new tokens: tok_emb and out_head grow to `vocab_size`, the old rows stay.
+
+        The logits of the old ids are unchanged. New rows start as N(0, 0.02), as GPT-2's did; they
+        are new parameters, so make the optimizer afterwards. Raises ValueError for fewer rows than
+        there are: a token would be lost.
+        """
+        old = self.cfg.vocab_size
+        check_sizes("resize_token_embeddings", vocab_size=vocab_size)
+        if vocab_size < old:
+            raise ValueError(
+                f"resize_token_embeddings: cannot shrink from {old} to {vocab_size} tokens; "
+                "make a smaller model instead"
+            )
+        if vocab_size == old:
+            return
+        for layer in (self.tok_emb, self.out_head):
+            weight = layer.weight  # (old, C)
+            rows = Parameter(np.zeros((vocab_size - old, weight.shape[1]), weight.dtype))
+            normal_(rows, 0.0, 0.02, generator)
+            grown = np.concatenate([weight.data, rows.data])  # (vocab_size, C)
+            layer.weight = Parameter(grown, weight.requires_grad)
+            if self.cfg.tie_weights:
+                self.out_head.weight = layer.weight
+                break
+        self.tok_emb.num_embeddings = self.out_head.out_features = vocab_size
+        self.cfg = replace(self.cfg, vocab_size=vocab_size)
 
     def num_parameters(self) -> int:
         """How many numbers are trained, shared ones counted once."""

@@ -7,17 +7,23 @@ into longer tokens. Every byte is a token of its own, so nothing is ever unknown
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
-from operator import index as as_int
 from pathlib import Path
 
 import numpy as np
 import regex
 import tiktoken
 
-from tinygrad_llm.tokenizer.bpe_files import (
+from tinygrad_llm.tokenizer.base import (
     END_OF_TEXT,
+    Tokenizer,
+    WordIds,
+    check_names,
+    check_vocab_size,
+    ordinary_pieces,
+)
+from tinygrad_llm.tokenizer.bpe_files import (
     byte_to_printable,
     printable,
     read_directory,
@@ -38,10 +44,9 @@ WORD = regex.compile(
 
 SINGLE_BYTES = [bytes([byte]) for byte in byte_to_printable()]  # in the order of GPT-2's ids
 BYTES_AS_TEXT = ("utf-8", "surrogateescape")  # a stand-in character for each byte that is no UTF-8
-CACHED_WORDS = 2**20  # remember no more words than this: memory stays bounded
 
 
-class BPETokenizer:
+class BPETokenizer(Tokenizer):
     """A byte-level BPE vocabulary. Make one with `train`, `load` or `from_files`.
 
     merges: pairs of byte strings in the order learned; an earlier merge is applied first.
@@ -56,11 +61,9 @@ class BPETokenizer:
         self.token_ids = dict(token_ids)
         self.special_tokens = dict(special_tokens)
         self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
-        self._tokens_by_rank = SINGLE_BYTES + [left + right for left, right in self.merges]
-        tokens = {i: token for token, i in self.token_ids.items()}
-        tokens |= {i: name.encode() for name, i in self.special_tokens.items()}
-        self._tokens = [tokens[i] for i in range(len(tokens))]
-        self._word_ids = _WordIds(self._merge_word)
+        self._tokens = {i: token for token, i in self.token_ids.items()}
+        self._tokens |= {i: name.encode() for name, i in self.special_tokens.items()}
+        self._word_ids = WordIds(self._merge_word)
 
     @classmethod
     def train(
@@ -80,17 +83,13 @@ class BPETokenizer:
         Raises TypeError if the text is no str; ValueError for a text without words, a vocab_size
         below 256 + the number of special tokens, or special tokens that cannot be told apart.
         """
-        special_tokens = _check_names(special_tokens)
+        special_tokens = check_names(special_tokens)
         smallest = 256 + len(special_tokens)
-        if as_int(vocab_size) < smallest:
-            raise ValueError(
-                f"vocab_size must be at least {smallest} (256 bytes and {len(special_tokens)} "
-                f"special tokens), got {vocab_size}"
-            )
+        why = f"256 bytes and {len(special_tokens)} special tokens"
+        vocab_size = check_vocab_size(vocab_size, smallest, why)
         words = Counter()
-        for piece, is_special in _split_at(special_tokens, _check_text(text)):
-            if not is_special:
-                words.update(match.group() for match in WORD.finditer(piece))
+        for piece in ordinary_pieces(special_tokens, text):
+            words.update(match.group() for match in WORD.finditer(piece))
         if not words:
             raise ValueError("cannot train on an empty text: give some text to count pairs in")
         word_counts = {word.encode(): count for word, count in words.items()}
@@ -98,8 +97,7 @@ class BPETokenizer:
 
         tokens = SINGLE_BYTES + [left + right for left, right in merges]
         token_ids = {token: i for i, token in enumerate(tokens)}
-        for name in {printable(token) for token in tokens} & set(special_tokens):
-            raise ValueError(f"special token {name!r} looks like an ordinary one: choose another")
+        _check_spelling(special_tokens, tokens)
         special_ids = {name: len(tokens) + i for i, name in enumerate(special_tokens)}
         return cls(merges, token_ids, special_ids)
 
@@ -123,7 +121,7 @@ class BPETokenizer:
 
         Raises ValueError, which names the file and what was expected in it.
         """
-        names = dict.fromkeys(_check_names(special_tokens))  # their ids are in the vocabulary file
+        names = dict.fromkeys(check_names(special_tokens))  # their ids are in the vocabulary file
         return cls(*read_vocab_and_merges(Path(vocab_file), Path(merges_file), names))
 
     def save(self, directory: str | Path) -> None:
@@ -134,49 +132,6 @@ class BPETokenizer:
         """
         write_directory(Path(directory), (self.merges, self.token_ids, self.special_tokens))
 
-    @property
-    def vocab_size(self) -> int:
-        """The number of tokens: ids are 0..vocab_size-1."""
-        return len(self._tokens)
-
-    @property
-    def end_of_text(self) -> int:
-        """The id of "<|endoftext|>". Raises ValueError if the vocabulary has no such token."""
-        return self.token_to_id(END_OF_TEXT)
-
-    def token_to_id(self, token: str | bytes) -> int:
-        """The id of one token, given as text (" the", "<|endoftext|>") or as bytes.
-
-        Raises ValueError if this text is not one token.
-        """
-        if token in self.special_tokens:
-            return self.special_tokens[token]
-        data = token if isinstance(token, bytes) else _check_text(token).encode()
-        if data not in self.token_ids:
-            raise ValueError(f"{token!r} is not one token of this vocabulary: use encode")
-        return self.token_ids[data]
-
-    def encode(
-        self,
-        text: str,
-        allowed_special: str | Iterable[str] = (),
-        disallowed_special: str | Iterable[str] = "all",
-    ) -> list[int]:
-        """Text to ids. decode(encode(text)) is text again.
-
-        A special token in the text becomes its id if it is in `allowed_special`; otherwise, if it
-        is in `disallowed_special`, the text is refused, so that a user's input cannot smuggle one
-        in; otherwise it is text like any other. Both take "all" or several names.
-
-        Raises TypeError if the text is no str, ValueError for a special token that is not allowed
-        and for half a surrogate pair, which is no character.
-        """
-        return list(self._ids(text, allowed_special, disallowed_special, self._word_ids))
-
-    def encode_ordinary(self, text: str) -> list[int]:
-        """Text to ids, with special tokens in it treated as text like any other."""
-        return self.encode(text, disallowed_special=())
-
     def encode_array(
         self,
         text: str,
@@ -185,12 +140,11 @@ class BPETokenizer:
     ) -> np.ndarray:
         """The ids of `encode` for a long text: (N,) uint16, or uint32 if uint16 is too small.
 
-        tiktoken merges each new word, with the same result as our own loop. It is faster, above all
+        tiktoken does the work, with the same result as our own loop. It is faster, above all
         for very long words, where our loop takes up to (length of the word)**2 steps.
         """
-        word_ids = _WordIds(self._merge_word if self._tiktoken is None else self._tiktoken_word)
-        ids = self._ids(text, allowed_special, disallowed_special, word_ids)
-        return np.fromiter(ids, dtype=np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+        ids = self._ids(text, allowed_special, disallowed_special, self._fast_ids)
+        return np.fromiter(ids, self._id_dtype, len(ids))
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Any bytes to ids: decode_bytes(encode_bytes(data)) is data again.
@@ -200,73 +154,53 @@ class BPETokenizer:
         """
         if not isinstance(data, bytes | bytearray):
             raise TypeError(f"data must be bytes, got {type(data).__name__}: encode takes text")
-        return list(self._ordinary_ids(data.decode(*BYTES_AS_TEXT), self._word_ids))
+        return list(self._ordinary_ids(data.decode(*BYTES_AS_TEXT)))
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Ids to text; bytes that are no UTF-8 become U+FFFD, the replacement character.
+    def to_tiktoken(self, name: str = "bpe") -> tiktoken.Encoding:
+        """The same vocabulary in tiktoken, special tokens included.
 
-        Raises TypeError for anything but integers, IndexError for an id outside the vocabulary.
+        tiktoken looks for a merge by the bytes that it gives, we look for its two parts. This is
+        the same if each token's own bytes are merged to that token; and ids must be in the order
+        of the merges, because tiktoken has one number for both. Training ensures it; a hand-made
+        merges.txt may not. Raises ValueError if tiktoken would merge differently.
         """
-        return self.decode_bytes(ids).decode("utf-8", "replace")
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Ids to the bytes they stand for. Raises as `decode` does."""
-        if isinstance(ids, np.ndarray):
-            ids = ids.tolist()  # Python's integers are faster to loop over
-        if not isinstance(ids, Iterable):
-            raise TypeError(f"ids must be a sequence of integers, got {type(ids).__name__}")
-        return b"".join(map(self._token, ids))
-
-    def _token(self, token_id: int) -> bytes:
-        try:
-            token_id = as_int(token_id)
-        except TypeError:
-            raise TypeError(
-                f"token ids must be integers, got {type(token_id).__name__}: "
-                "decode one sequence at a time"
-            ) from None
-        if not 0 <= token_id < len(self._tokens):
-            raise IndexError(
-                f"token id {token_id} is outside this vocabulary: ids are 0..{self.vocab_size - 1}"
-            )
-        return self._tokens[token_id]
-
-    def _ids(
-        self,
-        text: str,
-        allowed_special: str | Iterable[str],
-        disallowed_special: str | Iterable[str],
-        word_ids: "_WordIds",
-    ) -> Iterator[int]:
-        _check_text(text)
-        allowed = self._special_names(allowed_special)
-        for name in self._special_names(disallowed_special) - allowed:
-            if name in text:
+        ids = [self.token_ids[left + right] for left, right in self.merges]
+        if ids != sorted(ids):
+            raise ValueError("tiktoken needs ids in the order of the merges: these are not")
+        for left, right in self.merges:
+            if len(self._merge(left + right)) > 1:
                 raise ValueError(
-                    f"the text contains the special token {name!r}: to encode it as one token, "
-                    f"pass allowed_special=[{name!r}]; as ordinary text, use encode_ordinary"
+                    f"tiktoken would merge {left + right!r} to one token, these merges do not"
                 )
-        for piece, is_special in _split_at(allowed, text):
-            if is_special:
-                yield self.special_tokens[piece]
-            else:
-                yield from self._ordinary_ids(piece, word_ids)
+        return tiktoken.Encoding(
+            name,
+            pat_str=WORD.pattern,
+            mergeable_ranks=self.token_ids,
+            special_tokens=dict(self.special_tokens),
+        )
 
-    def _special_names(self, names: str | Iterable[str]) -> set[str]:
-        if names == "all":
-            return set(self.special_tokens)
-        names = {names} if isinstance(names, str) else set(names)
-        unknown = sorted(names - self.special_tokens.keys())
-        if unknown:
-            raise ValueError(
-                f"{unknown[0]!r} is no special token of this vocabulary: "
-                f"it has {list(self.special_tokens)}"
-            )
-        return names
+    def _check_new(self, name: str) -> None:
+        super()._check_new(name)
+        _check_spelling([name], self.token_ids)
 
-    def _ordinary_ids(self, text: str, word_ids: "_WordIds") -> Iterator[int]:
+    def _ordinary_id(self, token: str | bytes) -> int | None:
+        return self.token_ids.get(token if isinstance(token, bytes) else token.encode())
+
+    def _ordinary_ids(self, text: str) -> Iterator[int]:
         for match in WORD.finditer(text):
-            yield from word_ids[match.group()]
+            yield from self._word_ids[match.group()]
+
+    def _fast_ids(self, text: str) -> Iterable[int]:
+        """The same by tiktoken, which cuts the text into words, too."""
+        if self._tiktoken is None:
+            return self._ordinary_ids(text)
+        if not _words_are_alike(text):  # only some are, then
+            return (i for match in WORD.finditer(text) for i in self._fast_word(match.group()))
+        return self._tiktoken.encode_ordinary(text)
+
+    def _fast_word(self, word: str) -> list[int]:
+        alike = _words_are_alike(word)
+        return self._tiktoken.encode_ordinary(word) if alike else self._word_ids[word]
 
     def _merge_word(self, word: str) -> list[int]:
         return self._merge(word.encode(*BYTES_AS_TEXT))
@@ -281,70 +215,37 @@ class BPETokenizer:
             parts = merge_pair(parts, pair)
         return [self.token_ids[part] for part in parts]
 
-    def _tiktoken_word(self, word: str) -> list[int]:
-        ranks = self._tiktoken.encode_ordinary(word)
-        return [self.token_ids[self._tokens_by_rank[rank]] for rank in ranks]
-
     @cached_property
     def _tiktoken(self) -> tiktoken.Encoding | None:
-        """Our merges in tiktoken, or None if it would merge differently.
-
-        tiktoken looks for a merge by the bytes that it gives, we look for its two parts. This is
-        the same if each token's own bytes are merged to that token. Training ensures it; a
-        hand-made merges.txt may not.
-        """
-        for left, right in self.merges:
-            if len(self._merge(left + right)) > 1:
-                return None
-        return tiktoken.Encoding(
-            "bpe",
-            pat_str=r"(?s).+",  # it gets one word at a time: we split the text
-            mergeable_ranks={token: rank for rank, token in enumerate(self._tokens_by_rank)},
-            special_tokens={},
-        )
+        try:
+            return self.to_tiktoken()
+        except ValueError:
+            return None
 
 
-class _WordIds(dict):
-    """The ids of each word met so far: most words of a text have been seen before."""
-
-    def __init__(self, encode_word: Callable[[str], list[int]]):
-        super().__init__()
-        self.encode_word = encode_word
-
-    def __missing__(self, word: str) -> list[int]:
-        ids = self.encode_word(word)
-        if len(self) < CACHED_WORDS:
-            self[word] = ids
-        return ids
+def _check_spelling(special_tokens: Iterable[str], tokens: Iterable[bytes]) -> None:
+    """In vocab.json, a special token and an ordinary one must not look the same."""
+    for name in {printable(token) for token in tokens} & set(special_tokens):
+        raise ValueError(f"special token {name!r} looks like an ordinary one: choose another")
 
 
-def _check_names(special_tokens: Iterable[str]) -> list[str]:
-    if isinstance(special_tokens, str):
-        raise TypeError(f"special_tokens must be a list of texts: write [{special_tokens!r}]")
-    names = list(special_tokens)
-    if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
-        raise ValueError(f"special tokens must be different texts, none of them empty, got {names}")
-    return names
+def _words_are_alike(text: str) -> bool:
+    """Whether tiktoken cuts this text into the same words as `regex` does.
+
+    They may know different versions of Unicode, so they are asked about each character.
+    """
+    if text.isascii():
+        return True
+    characters = "".join(set(text))
+    return all(
+        bytes(_finder(kind).encode_ordinary(characters)).decode()
+        == "".join(regex.findall(kind, characters))
+        for kind in (r"\p{L}", r"\p{N}", r"\s")
+    )
 
 
-def _check_text(text: str) -> str:
-    if not isinstance(text, str):
-        raise TypeError(f"text must be str, got {type(text).__name__}: encode_bytes takes bytes")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the text has half a surrogate pair, which is no character, at index {error.start}"
-        ) from None
-    return text
-
-
-def _split_at(special_tokens: Iterable[str], text: str) -> Iterator[tuple[str, bool]]:
-    """Cut the text around special tokens: (piece, whether it is one). Longer names come first."""
-    names = sorted(special_tokens, key=len, reverse=True)
-    if not names:
-        yield text, False
-        return
-    pieces = regex.split("(" + "|".join(map(regex.escape, names)) + ")", text)
-    for number, piece in enumerate(pieces):
-        yield piece, number % 2 == 1  # the group in the pattern keeps what it splits at
+@cache
+def _finder(pattern: str) -> tiktoken.Encoding:
+    """The bytes of what matches the pattern in tiktoken; it leaves out what does not."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    return tiktoken.Encoding("bytes", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})

@@ -4,16 +4,25 @@ vocab.json maps each token to its id, merges.txt has one merge a line in the ord
 are text, so each byte is written as one printable character: a space is 'Ġ', a newline 'Ċ'.
 """
 
-import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tinygrad_llm.data.files import atomic_write
+from tinygrad_llm.tokenizer.base import END_OF_TEXT
 from tinygrad_llm.tokenizer.bpe_train import Pair
+from tinygrad_llm.tokenizer.files import (
+    CONFIG,
+    TOKENIZER,
+    by_id,
+    check_ids,
+    read_json,
+    read_text,
+    write_json,
+    write_tokenizer,
+)
 
-END_OF_TEXT = "<|endoftext|>"
 HEADER = "#version: 0.2"  # the first line of merges.txt
 
 # What makes a BPETokenizer: its merges, the ids of ordinary tokens, the ids of special tokens.
@@ -42,76 +51,47 @@ def printable(token: bytes) -> str:
 
 
 @cache
-def _printable_to_byte() -> dict[str, int]:
+def printable_to_byte() -> dict[str, int]:
     return {character: byte for byte, character in byte_to_printable().items()}
 
 
-FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
+FILES = ("vocab.json", "merges.txt", TOKENIZER, CONFIG)
 
 
 def write_directory(directory: Path, vocabulary: Vocabulary) -> None:
     """Write vocab.json, merges.txt, tokenizer.json and tokenizer_config.json."""
     merges, token_ids, special_tokens = vocabulary
-    spelled = {printable(token): i for token, i in token_ids.items()} | special_tokens
-    vocab = dict(sorted(spelled.items(), key=lambda item: item[1]))
-    lines = [f"{printable(left)} {printable(right)}" for left, right in merges]
-    added = [_added_token(name, i) for name, i in special_tokens.items()]
-
-    directory.mkdir(parents=True, exist_ok=True)
-    _write_json(directory / "vocab.json", vocab)
-    with atomic_write(directory / "merges.txt") as file:
-        file.write("".join(line + "\n" for line in [HEADER, *lines]).encode())
-    _write_json(directory / "tokenizer.json", _tokenizer_json(vocab, lines, added))
-    _write_json(directory / "tokenizer_config.json", _tokenizer_config(added))
-
-
-def _write_json(path: Path, content: Any) -> None:
-    with atomic_write(path) as file:
-        file.write(json.dumps(content, ensure_ascii=False, indent=1).encode())
-
-
-def _added_token(name: str, token_id: int) -> dict[str, Any]:
-    """How Hugging Face describes a special token: found in the raw text, exactly as written."""
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {"id": token_id, "content": name, **plain, "special": True}
-
-
-def _tokenizer_json(vocab: dict[str, int], lines: list[str], added: list[dict]) -> dict[str, Any]:
-    """The file of the `tokenizers` library: the whole tokenizer in one."""
+    vocab = by_id({printable(token): i for token, i in token_ids.items()} | special_tokens)
+    pairs = [[printable(left), printable(right)] for left, right in merges]
     byte_level = {
         "type": "ByteLevel",
         "add_prefix_space": False,
         "trim_offsets": True,
         "use_regex": True,  # GPT-2's regular expression
     }
-    return {
-        "version": "1.0",
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "vocab": vocab,
-            "merges": [line.split(" ") for line in lines],
-        },
-    }
+    write_tokenizer(
+        directory,
+        model={"type": "BPE", "vocab": vocab, "merges": pairs},
+        special_tokens=special_tokens,
+        config=_config(special_tokens),
+        pre_tokenizer=byte_level,
+        decoder=byte_level,
+    )
+    write_json(directory / "vocab.json", vocab)
+    lines = [HEADER, *map(" ".join, pairs)]
+    with atomic_write(directory / "merges.txt") as file:
+        file.write("".join(line + "\n" for line in lines).encode())
 
 
-def _tokenizer_config(added: list[dict]) -> dict[str, Any]:
-    """Names the class that `transformers` uses, and the special tokens."""
-    end = END_OF_TEXT if any(token["content"] == END_OF_TEXT for token in added) else None
+def _config(special_tokens: Mapping[str, int]) -> dict[str, Any]:
+    """Names the class that `transformers` uses, and what the special token is for."""
+    end = END_OF_TEXT if END_OF_TEXT in special_tokens else None
     return {
         "tokenizer_class": "GPT2Tokenizer",
         "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
         "bos_token": end,
         "eos_token": end,
         "unk_token": end,
-        "added_tokens_decoder": {
-            str(token["id"]): {key: token[key] for key in token if key != "id"} for token in added
-        },
     }
 
 
@@ -121,9 +101,9 @@ def read_directory(directory: Path) -> Vocabulary:
     Raises ValueError, which names the file and what was expected in it.
     """
     vocab_file, merges_file = directory / "vocab.json", directory / "merges.txt"
-    tokenizer_file = directory / "tokenizer.json"
+    tokenizer_file = directory / TOKENIZER
     if not tokenizer_file.exists():
-        special_tokens = _special_tokens_of_config(directory / "tokenizer_config.json")
+        special_tokens = _special_tokens_of_config(directory / CONFIG)
         return read_vocab_and_merges(vocab_file, merges_file, special_tokens)
 
     vocabulary = _read_tokenizer_json(tokenizer_file)
@@ -144,8 +124,8 @@ def read_vocab_and_merges(
 
     Raises ValueError, which names the file and what was expected in it.
     """
-    vocab = _read_json(vocab_file)
-    lines = _read_text(merges_file, "one merge a line").splitlines()
+    vocab = read_json(vocab_file)
+    lines = read_text(merges_file, "one merge a line").splitlines()
     if lines and lines[0].startswith("#version"):
         lines = lines[1:]
     merges = [line.split(" ") for line in lines if line]
@@ -153,7 +133,7 @@ def read_vocab_and_merges(
 
 
 def _read_tokenizer_json(path: Path) -> Vocabulary:
-    content = _read_json(path)
+    content = read_json(path)
     try:
         model, splitter = content["model"], content["pre_tokenizer"]
         is_gpt2 = (
@@ -176,10 +156,10 @@ def _read_tokenizer_json(path: Path) -> Vocabulary:
 
 def _special_tokens_of_config(path: Path) -> dict[str, int | None]:
     """The special tokens that tokenizer_config.json lists; without a list, GPT-2's only one."""
-    config = _read_json(path) if path.exists() else {}
+    config = read_json(path) if path.exists() else {}
     kind = config.get("tokenizer_class", "GPT2Tokenizer")
     if kind not in ("GPT2Tokenizer", "GPT2TokenizerFast"):
-        raise ValueError(f"{path} says tokenizer_class {kind}: expected GPT2Tokenizer")
+        raise ValueError(f"{path} says tokenizer_class {kind!r}: expected GPT2Tokenizer")
     if "added_tokens_decoder" not in config:
         return {END_OF_TEXT: None}
     try:
@@ -198,7 +178,7 @@ def _checked(
 ) -> Vocabulary:
     """The vocabulary in bytes, after checking that its parts fit together."""
     vocab = vocab | {name: i for name, i in special_tokens.items() if i is not None}
-    _check_ids(vocab, vocab_file)
+    check_ids(vocab, vocab_file)
     special_ids = {name: vocab[name] for name in special_tokens if name in vocab}
     ordinary = [name for name in vocab if name not in special_ids]
     token_ids = {_spelled(name, vocab_file): vocab[name] for name in ordinary}
@@ -208,15 +188,6 @@ def _checked(
             f"{vocab_file}: {len(missing)} of 256 bytes are missing: expected them all"
         )
     return _checked_merges(merges, token_ids, merges_file), token_ids, special_ids
-
-
-def _check_ids(vocab: dict[str, int], file: Path) -> None:
-    if not all(type(token_id) is int for token_id in vocab.values()):
-        raise ValueError(f"{file}: expected a whole number as the id of each token")
-    if sorted(vocab.values()) != list(range(len(vocab))):
-        raise ValueError(
-            f"{file}: expected each id 0..{len(vocab) - 1} once, for its {len(vocab)} tokens"
-        )
 
 
 def _checked_merges(merges: list[list[str]], token_ids: dict[bytes, int], file: Path) -> list[Pair]:
@@ -253,30 +224,8 @@ def _checked_merges(merges: list[list[str]], token_ids: dict[bytes, int], file: 
 def _spelled(name: str, file: Path) -> bytes:
     """The bytes of a token as files spell it."""
     try:
-        return bytes(_printable_to_byte()[character] for character in name)
+        return bytes(printable_to_byte()[character] for character in name)
     except KeyError as error:
         raise ValueError(
             f"{file}: token {name!r} has the character {error.args[0]!r}, which stands for no byte"
         ) from None
-
-
-def _read_text(path: Path, expected: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: expected {expected}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 at byte offset {error.start}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    expected = "one JSON object"
-    try:
-        content = json.loads(_read_text(path, expected))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is not valid JSON (line {error.lineno}: {error.msg}): expected {expected}"
-        ) from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {type(content).__name__}: expected {expected}")
-    return content

@@ -4,8 +4,9 @@ A merge changes only the words that contain its pair, so only their pairs are co
 """
 
 import heapq
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
+from typing import Any
 
 Pair = tuple[bytes, bytes]
 
@@ -20,10 +21,11 @@ def learn_merges(
     Of equally frequent pairs, the one that appeared first wins: words are read in the order of
     `word_counts`, and pairs that a merge creates come after all earlier ones.
     """
-    pairs = PairCounter(word_counts)
+    words = [[bytes([byte]) for byte in word] for word in word_counts]
+    pairs = PairCounter(words, word_counts.values())
     merges = []
     while len(merges) < n_merges:
-        pair = pairs.most_frequent()
+        pair = pairs.best()
         if pair is None:
             break
         pairs.merge(pair)
@@ -33,14 +35,15 @@ def learn_merges(
     return merges
 
 
-def merge_pair(parts: list[bytes], pair: Pair) -> list[bytes]:
-    """Join every occurrence of `pair` in `parts`, from left to right."""
+def merge_pair(parts: list, pair: tuple, joined: Any = None) -> list:
+    """Put `joined` (left + right) for every occurrence of `pair`, from left to right."""
     left, right = pair
+    joined = left + right if joined is None else joined
     merged = []
     i = 0
     while i < len(parts):
         if parts[i] == left and parts[i + 1 : i + 2] == [right]:
-            merged.append(left + right)
+            merged.append(joined)
             i += 2
         else:
             merged.append(parts[i])
@@ -49,20 +52,29 @@ def merge_pair(parts: list[bytes], pair: Pair) -> list[bytes]:
 
 
 class PairCounter:
-    """How often each pair of neighbouring tokens occurs in the corpus, kept up to date."""
+    """How often each pair of neighbouring tokens occurs in the corpus, kept up to date.
 
-    def __init__(self, word_counts: Mapping[bytes, int]):
-        self.words = [[bytes([byte]) for byte in word] for word in word_counts]
-        self.word_counts = list(word_counts.values())
-        self.pair_counts: dict[Pair, int] = {}  # in order of first appearance
-        self.appearance: dict[Pair, int] = {}  # 0 for the pair that appeared first
-        self.words_with: dict[Pair, set[int]] = {}  # may keep words that no longer have the pair
+    words: each different word as its tokens, which are lengthened in place.
+    word_counts: how often each of them occurs.
+    """
+
+    def __init__(self, words: Iterable[list], word_counts: Iterable[int]):
+        self.words = list(words)
+        self.word_counts = list(word_counts)
+        self.pair_counts: dict[tuple, int] = {}  # in order of first appearance
+        self.appearance: dict[tuple, int] = {}  # 0 for the pair that appeared first
+        self.words_with: dict[tuple, set[int]] = {}  # may keep words that no longer have the pair
         for number in range(len(self.words)):
             self._add(number)
         self.queue = [self._entry(pair) for pair in self.pair_counts]
         heapq.heapify(self.queue)
 
-    def most_frequent(self) -> Pair | None:
+    def join(self, pair: tuple) -> Any:
+        """The token that a pair becomes."""
+        left, right = pair
+        return left + right
+
+    def best(self) -> tuple | None:
         """The pair with the highest count, the earliest of equals; None if no pair is left."""
         while self.queue:
             entry = heapq.heappop(self.queue)
@@ -72,19 +84,23 @@ class PairCounter:
                 return pair
         return None
 
-    def merge(self, pair: Pair) -> None:
+    def merge(self, pair: tuple) -> None:
         """Join `pair` in every word that contains it."""
-        changed: dict[Pair, None] = {}  # a set that remembers order
+        changed: dict[tuple, None] = {}  # a set that remembers order
         for number in sorted(self.words_with.pop(pair)):
             changed.update(dict.fromkeys(pairwise(self.words[number])))
             self._remove(number)
-            self.words[number] = merge_pair(self.words[number], pair)
+            self.words[number] = merge_pair(self.words[number], pair, self.join(pair))
             self._add(number)
             changed.update(dict.fromkeys(pairwise(self.words[number])))
-        for other in changed:
-            heapq.heappush(self.queue, self._entry(other))
+        self._queue_again(changed)
 
-    def _entry(self, pair: Pair) -> tuple[int, int, Pair]:
+    def _queue_again(self, pairs: Iterable[tuple]) -> None:
+        for pair in pairs:
+            if self.pair_counts[pair] > 0:
+                heapq.heappush(self.queue, self._entry(pair))
+
+    def _entry(self, pair: tuple) -> tuple[float, int, tuple]:
         """The place in the queue: high counts first, then early pairs."""
         return -self.pair_counts[pair], self.appearance[pair], pair
 
