@@ -149,6 +149,16 @@ def test_the_likeliest_spelling():
     assert pieces_of(tokenizer, "internationalization") == ["international", "ization"]
 
 
+def test_equal_spellings(tmp_path):
+    """Of a·aa and aa·a, that with the longer last piece; Hugging Face takes it, too."""
+    tokenizer = with_pieces(a=-2.0, aa=-2.0)
+    assert pieces_of(tokenizer, "aaa") == ["a", "aa"]
+    tokenizer.save(tmp_path)
+    tokenizers = pytest.importorskip("tokenizers")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert theirs.encode("aaa").ids == tokenizer.encode("aaa")
+
+
 def test_unknown_characters():
     tokenizer = with_pieces(a=-1.0, bc=-2.0)
     assert pieces_of(tokenizer, "axya") == ["a", "<unk>", "a"]  # a run of them is one
