@@ -311,11 +311,11 @@ def _at_home(x, name):
         if not driver.compiles():
             raise TypeError(f"{name} has no memory: Abstract arrays are for driver.compiling()")
         return x, _ABSTRACT
-    if "torch" in sys.modules and isinstance(x, sys.modules["torch"].Tensor):
+    if (torch := sys.modules.get("torch")) and isinstance(x, torch.Tensor):
         if not driver.INTERPRETED and x.device.type != "cuda":
             raise TypeError(f"{name} is on {x.device}; move it to the GPU with .cuda()")
         return x, _HOMES["torch"]
-    if "cupy" in sys.modules and isinstance(x, sys.modules["cupy"].ndarray):
+    if (cupy := sys.modules.get("cupy")) and isinstance(x, cupy.ndarray):
         return x, _HOMES["cupy"]
     if driver.INTERPRETED:
         return _as_numpy(x, name), _HOMES["numpy"]
