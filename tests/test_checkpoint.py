@@ -17,7 +17,12 @@ from tinygrad_llm.checkpoint import (
 )
 from tinygrad_llm.gpt import GPT, GPTConfig
 from tinygrad_llm.random import Generator
-from tinygrad_llm.tokenizer import BPETokenizer
+from tinygrad_llm.tokenizer import (
+    BPETokenizer,
+    UnigramTokenizer,
+    WordPieceTokenizer,
+    WordTokenizer,
+)
 
 IDS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 
@@ -291,3 +296,22 @@ def test_damaged_training_states(tmp_path):
     safetensors.numpy.save_file({"x": np.ones(1)}, path)
     with pytest.raises(ValueError, match="holds no training state"):
         load_training_state(tmp_path)
+
+
+def test_separate_dropout_rates_are_kept(tmp_path):
+    rates = {"drop_rate_emb": 0.0, "drop_rate_attn": 0.3, "drop_rate_shortcut": 0.2}
+    cfg = GPTConfig(11, 8, 8, 2, 1, drop_rate=0.1, **rates)
+    save_model(GPT(cfg), tmp_path)
+    found = load_model(tmp_path).cfg
+    for where in ("emb", "attn", "shortcut"):
+        assert found.dropout(where) == cfg.dropout(where)
+
+
+@pytest.mark.parametrize("kind", [WordTokenizer, WordPieceTokenizer, UnigramTokenizer])
+def test_every_tokenizer_is_found_beside_its_model(tmp_path, kind):
+    text = "a rose is a rose is a rose\n" * 20
+    tokenizer = kind.train(text) if kind is WordTokenizer else kind.train(text, 300)
+    model = GPT(GPTConfig(max(tokenizer.vocab_size, 2), 8, 8, 2, 1))
+    save_model(model, tmp_path, tokenizer)
+    found = load_tokenizer(tmp_path, load_model(tmp_path))
+    assert type(found) is kind and found.encode("a rose is") == tokenizer.encode("a rose is")

@@ -206,7 +206,7 @@ MUTANTS = {
             "y, at_y, b, h)\n    k, v = _head(k, at_k, b, h // R)",
             "y, at_y, b, h)\n    k, v = _head(k, at_k, b, h % (H // R))",
         ),
-        Mutant("a head of queries forgotten", "in range(R):", "in range(R - 1):"),
+        Mutant("a head of queries forgotten", "tl.range(R, ", "tl.range(R - 1, "),
     ],
     windowed: [
         Mutant("window off by one", "seen &= j >= i + lower", "seen &= j > i + lower"),

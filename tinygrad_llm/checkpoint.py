@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from .data.files import atomic_write
 from .gpt import GPT, GPTConfig
 from .nn import no_init
-from .tokenizer import BPETokenizer
+from .tokenizer import Tokenizer, load
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -51,7 +51,7 @@ MASKS = re.compile(r"\.attn\.(bias|masked_bias)$")  # older checkpoints store th
 # --- models ---------------------------------------------------------------------------------------
 
 
-def save_model(model: GPT, directory: str | Path, tokenizer: BPETokenizer | None = None) -> None:
+def save_model(model: GPT, directory: str | Path, tokenizer: Tokenizer | None = None) -> None:
     """Writes config.json, model.safetensors and, if given, the tokenizer's files.
 
     `transformers.GPT2LMHeadModel.from_pretrained(directory)` opens it. The directory is made if
@@ -88,12 +88,12 @@ def load_model(directory: str | Path) -> GPT:
     return model
 
 
-def load_tokenizer(directory: str | Path, model: GPT) -> BPETokenizer:
+def load_tokenizer(directory: str | Path, model: GPT) -> Tokenizer:
     """The tokenizer saved beside a model.
 
     Raises ValueError if its files are missing or damaged, or if it has ids that the model has not.
     """
-    tokenizer = BPETokenizer.load(directory)
+    tokenizer = load(directory)
     if tokenizer.vocab_size > model.cfg.vocab_size:
         raise ValueError(
             f"the tokenizer in {directory} has {tokenizer.vocab_size} tokens, the model only "
@@ -129,7 +129,7 @@ def _weights_file(directory: Path) -> Path:
 # --- config.json ----------------------------------------------------------------------------------
 
 
-def _config_to_hugging_face(cfg: GPTConfig, tokenizer: BPETokenizer | None) -> dict[str, Any]:
+def _config_to_hugging_face(cfg: GPTConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     end_of_text = None if tokenizer is None else tokenizer.special_tokens.get("<|endoftext|>")
     return {
         "architectures": ["GPT2LMHeadModel"],
@@ -142,9 +142,9 @@ def _config_to_hugging_face(cfg: GPTConfig, tokenizer: BPETokenizer | None) -> d
         "n_inner": None,
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
-        "embd_pdrop": cfg.drop_rate,
-        "attn_pdrop": cfg.drop_rate,
-        "resid_pdrop": cfg.drop_rate,
+        "embd_pdrop": cfg.dropout("emb"),
+        "attn_pdrop": cfg.dropout("attn"),
+        "resid_pdrop": cfg.dropout("shortcut"),
         "tie_word_embeddings": cfg.tie_weights,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
@@ -171,7 +171,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     for name, expected in _expected_settings(config).items():
         if config.get(name, expected[0]) not in expected:
             raise ValueError(f"{path} has {name} {config[name]!r}: supported is {expected[0]!r}")
-    return {"n_positions": config.get("n_ctx", 1024), "resid_pdrop": 0.1, **config}
+    rates = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.1)
+    return {"n_positions": config.get("n_ctx", 1024), **rates, **config}
 
 
 def _expected_settings(config: dict[str, Any]) -> dict[str, list]:
@@ -191,13 +192,16 @@ def _config_from_hugging_face(config: dict[str, Any], tensors: dict[str, np.ndar
     had_bias = config.get(OUR_KEY, {}).get("qkv_bias", True)
     # Saved without these biases, they are zeros, unless another program has trained them since.
     biases = (tensor for name, tensor in tensors.items() if name.endswith("attn.c_attn.bias"))
+    drop_rate = config["resid_pdrop"]
+    rates = {"drop_rate_emb": config["embd_pdrop"], "drop_rate_attn": config["attn_pdrop"]}
     return GPTConfig(
         vocab_size=config["vocab_size"],
         context_length=config["n_positions"],
         emb_dim=config["n_embd"],
         n_heads=config["n_head"],
         n_layers=config["n_layer"],
-        drop_rate=config["resid_pdrop"],
+        drop_rate=drop_rate,
+        **{name: rate for name, rate in rates.items() if rate != drop_rate},
         qkv_bias=had_bias or any(bias.any() for bias in biases),
         tie_weights=config.get("tie_word_embeddings", True),
     )
