@@ -313,8 +313,9 @@ def test_layer_norm():
     printed(var, [0.0231, 0.0398])
     normalised = (y.data - mean[:, None]) / np.sqrt(var[:, None])
     printed(normalised[0], [0.6159, 1.4126, -0.8719, 0.5872, -0.8719, -0.8719])
-    y = nn.LayerNorm(5)(x).data
-    printed(y.var(axis=-1, ddof=1) * 4 / 5, [1.0, 1.0], 3)  # biased, as in GPT-2
+    y = nn.LayerNorm(6)(y).data
+    printed(y.mean(axis=-1), [0.0, 0.0])
+    printed(y.var(axis=-1), [0.9995, 0.9997])  # biased, as in GPT-2; ε is what is missing
 
 
 def gradient_means(shortcut):
@@ -389,6 +390,8 @@ def test_an_untrained_gpt():
         logits = model(batch)  # in training, with dropout
     assert logits.shape == (2, 4, 50257)
     printed(logits[0, 0, :3], [0.3613, 0.4222, -0.0711])
+    ends = [row for rows in logits.data for row in rows[:, -3:]]
+    assert any(np.allclose(row, [1.2630, -0.1858, 0.0388], atol=6e-5) for row in ends)
     assert random.default_generator.get_state() != start
     model.eval()
     ids = [15496, 11, 314, 716]  # Hello, I am

@@ -181,15 +181,35 @@ def test_as_many_key_heads_as_heads_is_multi_head_attention():
     assert repr(a) == repr(b)
 
 
-def test_rope_inside_attention():
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_rope_inside_attention(n_kv_heads):
     rope = nn.RotaryEmbedding(4, 9)
-    layer = nn.MultiHeadAttention(5, 8, 9, 2, rope=rope, generator=Generator(0))
-    plain = nn.MultiHeadAttention(5, 8, 9, 2, generator=Generator(0))
-    x = Tensor(np.repeat(randn(1, 1, 5), 9, axis=1))  # the same token nine times
-    assert np.allclose(plain(x).data[:, 0], plain(x).data[:, 8], atol=1e-6)
-    q, k = (Tensor(randn(2, 9, 4, seed=s)) for s in (1, 2))
-    assert not np.allclose(rope(q).data[:, 1:], q.data[:, 1:])
-    assert layer(x).shape == plain(x).shape and k.shape == q.shape
+    layer = nn.MultiHeadAttention(
+        5, 16, 9, 4, n_kv_heads=n_kv_heads, rope=rope, generator=Generator(0)
+    )
+    x = Tensor(randn(2, 9, 5))
+    q, k, v = (layer.qkv(x)[..., part] for part in layer._parts())
+    q, k, v = (a.reshape(2, 9, -1, 4).transpose(1, 2) for a in (q, k, v))
+    k, v = (Tensor(np.repeat(a.data, 4 // n_kv_heads, axis=1)) for a in (rope(k), v))
+    y = F.scaled_dot_product_attention(rope(q), k, v, is_causal=True)
+    y = layer.out_proj(y.transpose(1, 2).flatten(-2))
+    np.testing.assert_allclose(layer(x).data, y.data, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [9, 3])
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_a_relative_bias_inside_attention(window, n_kv_heads):
+    options = {"n_kv_heads": n_kv_heads, "window": window, "generator": Generator(0)}
+    layer = nn.MultiHeadAttention(5, 16, 9, 4, **options)
+    bias = nn.RelativePositionBias(8, 4)
+    x = Tensor(randn(2, 9, 5))
+    plain = layer(x).data
+    np.testing.assert_allclose(layer(x, bias(9, 9)).data, plain, atol=1e-6)  # a bias of zeros
+    bias.weight.data[:] = np.where(np.arange(17) == 8, 0, -1e9)[:, None]  # only the token itself
+    alone = nn.MultiHeadAttention(
+        5, 16, 9, 4, **{**options, "window": 1, "generator": Generator(0)}
+    )
+    np.testing.assert_allclose(layer(x, bias(9, 9)).data, alone(x).data, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

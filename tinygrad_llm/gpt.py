@@ -101,8 +101,8 @@ class GPTConfig:
         rate = getattr(self, f"drop_rate_{where}")
         return self.drop_rate if rate is None else rate
 
-    def parameters(self) -> dict[str, int]:
-        """How many numbers each part has, from the shapes alone: nothing is allocated. With
+    def parameter_counts(self) -> dict[str, int]:
+        """How many numbers each part trains, from the shapes alone: nothing is allocated. With
         tie_weights the output head is the table of tokens, and adds nothing.
         """
         V, C, layers = self.vocab_size, self.emb_dim, self.n_layers
@@ -114,13 +114,12 @@ class GPTConfig:
             "feed-forward: up": layers * (4 * C * C + 4 * C),
             "feed-forward: down": layers * (4 * C * C + C),
             "norms": (2 * layers + 1) * 2 * C,
-            "output head": V * C,
+            "output head": 0 if self.tie_weights else V * C,
         }
 
     def num_parameters(self) -> int:
         """How many numbers the model trains."""
-        parts = self.parameters()
-        return sum(parts.values()) - (parts["output head"] if self.tie_weights else 0)
+        return sum(self.parameter_counts().values())
 
 
 class GPT(Module):
@@ -135,6 +134,10 @@ class GPT(Module):
     """
 
     def __init__(self, cfg: GPTConfig, generator: Generator | None = None, init: str = "gpt2"):
+        if not isinstance(cfg, GPTConfig):
+            raise TypeError(
+                f"GPT takes a GPTConfig, not a {type(cfg).__name__}: GPTConfig.from_dict"
+            )
         if init not in ("gpt2", "torch"):
             raise ValueError(f"GPT: init is 'gpt2' or 'torch', not {init!r}")
         self.cfg = cfg

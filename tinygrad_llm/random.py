@@ -82,16 +82,16 @@ class Generator:
 
         16 and more are made in blocks of 16 uniform numbers u: r = √(-2 log(1 - u_j)) for the first
         half, the angle 2π u_{j+8} for the second; if the last block is not full, the last 16 are
-        drawn again. Fewer are made one by one, of float64: r = √(-2 log(1 - u')) r cos 2πu, and
-        r sin 2πu for the next one.
+        drawn again. Fewer are made one by one, each pair of two float64 u, u': with
+        r = √(-2 log(1 - u')), r cos 2πu is the number, and r sin 2πu the next one.
         """
         dtype, n = np.dtype(dtype), math.prod(shape)
         if n < 16:
-            x = np.array([self._one_normal() for _ in range(n)], np.float64)
-        else:
-            x = self._fill((n,), dtype, lambda n: _box_muller(self._uniform(n, dtype)))
-            if n % 16:
-                x[-16:] = _box_muller(self._uniform(16, dtype))
+            x = np.array([self._one_normal() * std + mean for _ in range(n)], np.float64)
+            return x.astype(dtype).reshape(shape)
+        x = self._fill((n,), dtype, lambda n: _box_muller(self._uniform(n, dtype)))
+        if n % 16:
+            x[-16:] = _box_muller(self._uniform(16, dtype))
         return (x * dtype.type(std) + dtype.type(mean)).astype(dtype, copy=False).reshape(shape)
 
     def bernoulli(self, p, shape):
@@ -108,9 +108,8 @@ class Generator:
 
     def permutation(self, n):
         """0..n-1 in random order, an array of int64: each place in turn gets one of those left."""
-        order = list(range(n))
-        left = n - np.arange(n - 1)
-        for i, j in enumerate((np.arange(n - 1) + self.words(n - 1) % left).tolist()):
+        order, places = list(range(n)), np.arange(max(n - 1, 0))
+        for i, j in enumerate((places + self.words(len(places)) % (n - places)).tolist()):
             order[i], order[j] = order[j], order[i]
         return np.array(order, np.int64)
 
@@ -118,8 +117,13 @@ class Generator:
         """An index drawn with the given probabilities, along the last axis: (..., n) -> (...).
 
         The largest p_i / q_i wins, q_i exponential: a race in which i has the speed p_i.
+        Raises ValueError for what is no probabilities, up to a factor.
         """
         p = np.asarray(probabilities)
+        if p.dtype.kind != "f" or not (p >= 0).all() or not 0 < p.sum(axis=-1).min() < np.inf:
+            raise ValueError(
+                "multinomial draws with floats of 0 and more whose sum is finite, not 0"
+            )
         u = self._fill(p.shape, np.float64, lambda n: self._uniform(n, np.float64))
         return np.argmax(p / -np.log1p(-u).astype(p.dtype), axis=-1)
 

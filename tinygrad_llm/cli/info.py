@@ -1,6 +1,7 @@
 """`tinygrad-llm info`: what a GPT consists of, and the memory that it takes."""
 
 import json
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -48,10 +49,9 @@ def info(
 
 def counted(cfg: GPTConfig) -> dict:
     """Parameters by part, and in all: with a head of its own, and with the table as the head."""
-    parts = cfg.parameters()
-    untied = sum(parts.values())
-    tied = untied - parts["output head"]
-    return {"parts": parts, "untied": untied, "tied": tied}
+    either = {"untied": replace(cfg, tie_weights=False), "tied": replace(cfg, tie_weights=True)}
+    totals = {name: cfg.num_parameters() for name, cfg in either.items()}
+    return {"parts": cfg.parameter_counts(), **totals}
 
 
 def _show(cfg, counts, name):

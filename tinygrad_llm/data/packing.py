@@ -2,7 +2,7 @@
 
 Without packing, rows are as long as the longest document, and the rest of them is padding. Packed,
 attention stays inside each segment and positions start again: the loss is that of the documents
-one by one.
+one by one, or with split, of their pieces: what is cut off has lost its context.
 """
 
 from collections.abc import Iterable, Sequence

@@ -3,6 +3,7 @@
 Letters in the shapes: B sequences in the batch, T tokens in each, C channels, H heads of D = C / H.
 """
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -86,7 +87,8 @@ class MultiHeadAttention(Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (..., T, d_in) -> (..., T, d_out); in a GPT, ... is B.
 
-        mask    booleans that broadcast to (..., H, T, T): which keys may be seen, besides causal
+        mask    booleans that broadcast to (..., H, T, T): which keys may be seen, besides causal;
+                or floats that are added to the scores, such as a RelativePositionBias
         """
         T, longest = x.shape[-2], self.context_length
         if longest < T:
@@ -138,8 +140,10 @@ class MultiHeadAttention(Module):
         """`mask`, less the keys that are too far back."""
         if self.window >= T:
             return mask
-        near = np.triu(np.ones((T, T), bool), k=1 - self.window)
-        return Tensor(near if mask is None else near & mask.data)
+        near = Tensor(np.triu(np.ones((T, T), bool), k=1 - self.window))
+        if mask is None:
+            return near
+        return F.where(near, mask, False if mask.dtype == np.bool else -math.inf)
 
     def extra_repr(self) -> str:
         shown = f"n_heads={self.n_heads}, causal={self.causal}, dropout={self.dropout}"

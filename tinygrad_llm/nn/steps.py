@@ -36,8 +36,8 @@ class SimpleSelfAttention(Module):
 class SelfAttentionV1(Module):
     """With matrices (d_in, d_out) to learn, at first uniform in [0, 1).  (T, d_in) -> (T, d_out)
 
-    Scores are divided by √d_out: a sum of d_out products has that standard deviation, and a softmax
-    of large scores is nearly a maximum, which has no gradient.
+    Scores are divided by √d_out: of independent numbers with mean 0 and variance 1, a sum of d_out
+    products has that standard deviation, and a softmax of large scores has hardly a gradient.
     """
 
     def __init__(self, d_in: int, d_out: int, generator: Generator | None = None):
