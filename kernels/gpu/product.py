@@ -312,9 +312,9 @@ def _configurations(chip, processors, itemsize, precision, factors, aligned, cou
         config = dict(BM=BM, BN=BN, BK=BK, GROUP=8, SPLITS=splits, HALVES=halves, TMA=tma)
         config.update(FLATTEN=persistent, PROGRAMS=int(persistent))
         num_warps = num_warps if aligned or BN < 128 else 8
-        config.update(num_warps=num_warps, num_stages=num_stages)
-        if factors == "odd":  # or the assembler spills a few registers, to fit another program
-            config["maxnreg"] = 255
+        # Of small tiles the assembler would spill a few registers, to fit another program.
+        most = 255 if factors == "odd" or BM == 16 else None
+        config.update(num_warps=num_warps, num_stages=num_stages, maxnreg=most)
         found.append((costs[splits], config))
     return [config for _, config in sorted(found, key=lambda pair: pair[0])]
 

@@ -156,7 +156,7 @@ def _read(file):
     try:
         found = json.loads(file.read_text(encoding="utf-8"))["kernels"]
         sound = all(
-            isinstance(value, int)
+            value is None or isinstance(value, int)
             for entries in found.values()
             for entry in entries.values()
             for value in entry["config"].values()
