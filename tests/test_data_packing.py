@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinygrad_llm import functional as F  # noqa: N812
-from tinygrad_llm.data import DataLoader, pack, segment_mask
+from tinygrad_llm.data import DataLoader, pack, segment_mask, segment_positions
 from tinygrad_llm.tensor import Tensor
 
 
@@ -16,16 +16,16 @@ def documents(min_size=0, max_size=30):
 
 
 def test_by_hand():
-    packed = pack([[1, 2, 3, 4], [5, 6, 7], [8, 9]], max_length=4)
+    packed = pack([[1, 2, 3, 4], [5, 6, 7], [8, 9]], max_length=4, split=True)
     assert packed.inputs.tolist() == [[1, 2, 3, 5], [6, 8, 0, 0]]
     assert packed.targets.tolist() == [[2, 3, 4, 6], [7, 9, -100, -100]]
     assert packed.segments.tolist() == [[0, 0, 0, 1], [1, 2, -1, -1]]
-    assert packed.positions.tolist() == [[0, 1, 2, 0], [0, 0, 0, 0]]
+    assert segment_positions(packed.segments).tolist() == [[0, 1, 2, 0], [0, 0, 0, 1]]
     assert packed.fill == 6 / 8
-    whole = pack([[1, 2, 3, 4], [5, 6, 7], [8, 9]], max_length=4, split=False)
+    whole = pack([[1, 2, 3, 4], [5, 6, 7], [8, 9]], max_length=4)
     assert whole.inputs.tolist() == [[1, 2, 3, 8], [5, 6, 0, 0]]
     assert whole.segments.tolist() == [[0, 0, 0, 2], [1, 1, -1, -1]]
-    assert whole.positions.tolist() == [[0, 1, 2, 0], [0, 1, 0, 0]]
+    assert segment_positions(whole.segments).tolist() == [[0, 1, 2, 0], [0, 1, 0, 1]]
 
 
 @given(documents=documents(), max_length=st.integers(1, 12), split=st.booleans())
@@ -43,7 +43,7 @@ def test_each_pair_once(documents, max_length, split):
     if split:
         assert used.ravel()[: used.sum()].all()  # only the end is padded
         assert (~used).sum() < max_length
-    for segments, positions in zip(packed.segments, packed.positions):
+    for segments, positions in zip(packed.segments, segment_positions(packed.segments)):
         for number in set(segments.tolist()) - {-1}:
             places = np.flatnonzero(segments == number)
             assert np.diff(places).tolist() == [1] * (len(places) - 1)
@@ -58,21 +58,22 @@ def test_whole_documents_take_few_rows():
 
 
 def test_loader_goes_through_the_rows():
-    packed = pack([range(50)], 10)
+    packed = pack([range(50)], 10, split=True)
     batches = list(DataLoader(packed, 2))
     assert [len(inputs) for inputs, *_ in batches] == [2, 2, 1]
-    inputs, targets, segments, positions = batches[1]
+    inputs, targets, segments = batches[1]
     assert inputs.tolist() == packed.inputs[2:4].tolist()
-    assert (targets.shape, segments.shape, positions.shape) == ((2, 10),) * 3
+    assert targets.tolist() == packed.targets[2:4].tolist()
+    assert segments.tolist() == packed.segments[2:4].tolist()
 
 
 def test_mask():
-    mask = segment_mask([[0, 0, 1, 1, -1]])
+    mask = segment_mask([[0, 0, 1, 1, 0]])  # a run of equal numbers is a segment
     assert mask.shape == (1, 1, 5, 5) and mask.dtype == bool
     assert mask[0, 0].astype(int).tolist() == [
-        [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
-        [0, 0, 1, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 0],
         [0, 0, 1, 1, 0],
         [0, 0, 0, 0, 1],
     ]
@@ -115,9 +116,9 @@ def test_the_loss_is_that_of_the_documents_alone(split):
     sizes = rng.integers(2, 17, 20)
     texts = [rng.integers(1, 41, size) for size in sizes]
     packed = pack(texts, 16, split)
-    mask = segment_mask(packed.segments)
+    positions, mask = segment_positions(packed.segments), segment_mask(packed.segments)
     model = TinyModel()
-    together = [(packed.inputs, packed.targets, packed.positions, mask)]
+    together = [(packed.inputs, packed.targets, positions, mask & np.tri(16, dtype=bool))]
     loss, gradients = model.gradients(together)
 
     pieces = []  # a row's part of a document, alone
@@ -138,10 +139,14 @@ def test_the_loss_is_that_of_the_documents_alone(split):
 def test_bad_input():
     with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
         pack([[1, 2]], 0)
+    with pytest.raises(ValueError, match="pad_id is an id of the vocabulary, at least 0, not -5"):
+        pack([[1, 2]], 4, pad_id=-5)
+    with pytest.raises(ValueError, match="one sequence of ids"):
+        pack([1, 2, 3], 4)
     for nothing in ([], [[]], [[1], []]):
         with pytest.raises(ValueError, match="nothing to pack"):
             pack(nothing, 4)
     with pytest.raises(ValueError, match="document 1 has 6 tokens, a row of max_length 4 takes 5"):
-        pack([[1, 2], range(6)], 4, split=False)
+        pack([[1, 2], range(6)], 4)
     with pytest.raises(TypeError, match="encode the text first"):
         pack([list("text")], 4)

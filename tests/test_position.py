@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from oracles import agree
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from tinygrad_llm import Tensor, nn, no_grad
+from tinygrad_llm import Tensor, data, nn, no_grad
 from tinygrad_llm import functional as F  # noqa: N812
 from tinygrad_llm.gpt import GPT, GPTConfig
 from tinygrad_llm.nn.position import halves_from_interleaved, interleaved_from_halves
@@ -229,16 +229,14 @@ def test_packed_documents_have_the_loss_that_they_have_alone():
     cfg = GPTConfig(11, 12, 8, 2, 2, drop_rate=0.0)
     model = GPT(cfg, Generator(0))
     documents = [np.array(d) for d in ([1, 2, 3, 4, 5], [6, 7], [8, 9, 10, 1])]
-    row = np.concatenate([d[:-1] for d in documents] + [[0, 0]])[None]
-    targets = np.concatenate([d[1:] for d in documents] + [[-100, -100]])[None]
-    segments = np.repeat([0, 1, 2, -1], [4, 1, 3, 2])[None]
+    packed = data.pack(documents, max_length=10)  # 4 + 1 + 3 inputs, two places of padding
+    (batch,) = data.DataLoader(packed)
     with no_grad():
         alone = [(model.loss(d[None, :-1], d[None, 1:]).item(), len(d) - 1) for d in documents]
-        together = model.loss(row, targets, segments).item()
-        mixed = model.loss(row, targets).item()
+        together = model.loss(*batch).item()
+        mixed = model.loss(*batch[:2]).item()
     expected = sum(loss * n for loss, n in alone) / sum(n for _, n in alone)
-    assert together == pytest.approx(expected, rel=1e-5) and mixed != pytest.approx(
-        expected, rel=1e-3
-    )
-    with pytest.raises(ValueError, match="segments are int64 of shape"):
-        model.loss(row, targets, segments[:, :3])
+    assert together == pytest.approx(expected, rel=1e-5)
+    assert mixed != pytest.approx(expected, rel=1e-3)
+    with pytest.raises(ValueError, match="segments are int32 of shape"):
+        model.loss(*batch[:2], batch[2][:, :3])

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import functional as F  # noqa: N812 (PyTorch's name for it)
+from .data.packing import segment_mask, segment_positions
 from .nn import (
     Dropout,
     Embedding,
@@ -209,7 +210,9 @@ class GPT(Module):
         ids = self._checked(ids)  # (B, T)
         positions, mask = np.arange(ids.shape[1]), None  # (T,)
         if segments is not None:
-            positions, mask = packed(segments, ids.shape)  # (B, T), (B, 1, T, T)
+            segments = self._checked_segments(segments, ids.shape)  # (B, T)
+            positions = segment_positions(segments)  # (B, T)
+            mask = Tensor(segment_mask(segments))  # (B, 1, T, T)
         x = self.tok_emb(ids) + self.pos_emb(positions)  # (B, T, C) + (T, C)
         x = self.drop_emb(x)  # (B, T, C)
         for block in self.blocks:
@@ -288,21 +291,12 @@ class GPT(Module):
             )
         return ids
 
-
-def packed(segments: Tensor | ArrayLike, shape: tuple) -> tuple[np.ndarray, Tensor]:
-    """For rows of several documents: each token's position in its own, (B, T), and which tokens are
-    of the same one, (B, 1, T, T). A document ends where the number
-    changes. ValueError for another shape.
-    """
-    segments = segments.data if isinstance(segments, Tensor) else np.asarray(segments)
-    if segments.shape != shape or segments.dtype.kind not in "iu":
-        raise ValueError(
-            f"GPT: segments are {segments.dtype} of shape {segments.shape}; "
-            f"expected integers of shape {shape}"
-        )
-    begins = np.ones(shape, bool)
-    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    t = np.arange(shape[1])
-    starts = np.maximum.accumulate(np.where(begins, t, 0), axis=1)  # (B, T)
-    same = starts[:, :, None] == starts[:, None, :]
-    return t - starts, Tensor(same[:, None])
+    def _checked_segments(self, segments, shape):
+        """The segments as an array of the ids' shape."""
+        segments = segments.data if isinstance(segments, Tensor) else np.asarray(segments)
+        if segments.shape != shape or segments.dtype.kind not in "iu":
+            raise ValueError(
+                f"GPT: segments are {segments.dtype} of shape {segments.shape}; "
+                f"expected integers of shape {shape}"
+            )
+        return segments

@@ -1,12 +1,13 @@
 """Documents of any length in rows of one length, each as if it were alone in its row.
 
 Without packing, rows are as long as the longest document, and the rest of them is padding. Packed,
-attention stays inside each segment and positions start again: the loss is that of the documents
-one by one, or with split, of their pieces: what is cut off has lost its context.
+several share a row as its segments: attention stays inside each, and positions start again, so
+that the loss is that of the documents one by one.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -24,21 +25,18 @@ class Packed:
 
     inputs, targets     int64; targets are -100 where the row is padded
     segments            int32: the number of the document that a token is of, -1 for padding
-    positions           int64: 0, 1, ... in each segment
     """
 
     inputs: np.ndarray
     targets: np.ndarray
     segments: np.ndarray
-    positions: np.ndarray
 
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def batch(self, indices: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """inputs, targets, segments, positions of these rows, each (len(indices), T)."""
-        parts = self.inputs, self.targets, self.segments, self.positions
-        return tuple(part[indices] for part in parts)
+    def batch(self, indices: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """inputs, targets, segments of these rows, each (len(indices), T): what GPT.loss takes."""
+        return self.inputs[indices], self.targets[indices], self.segments[indices]
 
     @property
     def fill(self) -> float:
@@ -47,21 +45,23 @@ class Packed:
 
 
 def pack(
-    documents: Iterable[ArrayLike], max_length: int, split: bool = True, pad_id: int = 0
+    documents: Iterable[ArrayLike], max_length: int, split: bool = False, pad_id: int = 0
 ) -> Packed:
     """Pack documents, each (n,) token ids, into rows of max_length.
 
-    split       True: one document after the other; where a row ends, the document goes on in the
-                next as a segment of its own. Only the last row has padding.
-                False: no document is cut; the longest are placed first, each where the least room
+    split       False: no document is cut; the longest are placed first, each where the least room
                 is left (best fit decreasing: Johnson, "Near-optimal bin packing algorithms", 1973)
-    pad_id      the input where a row is padded
+                True: one document after the other, no gaps; where a row ends, the document goes on
+                in the next as a segment of its own, and has lost the context before
+    pad_id      the input where a row is padded, any id of the vocabulary
 
     A document of n tokens gives n - 1 inputs with their targets, each exactly once; one of fewer
-    than 2 tokens gives none. Raises ValueError for max_length below 1, no document of 2 tokens,
-    and, without split, a document longer than max_length + 1 tokens.
+    than 2 tokens gives none. Raises ValueError for max_length below 1, a negative pad_id, no
+    document of 2 tokens, and, without split, a document longer than max_length + 1 tokens.
     """
     max_length = at_least_one("max_length", max_length)
+    if not isinstance(pad_id, Integral) or pad_id < 0:
+        raise ValueError(f"pad_id is an id of the vocabulary, at least 0, not {pad_id!r}")
     documents = [as_tokens(document) for document in documents]
     sizes = [max(len(document) - 1, 0) for document in documents]
     if not any(sizes):
@@ -70,13 +70,12 @@ def pack(
     end = max(start + size for start, size in zip(starts, sizes))
     shape = (-(-end // max_length), max_length)  # (N, T)
     inputs, targets = np.full(shape, pad_id, np.int64), np.full(shape, IGNORED, np.int64)
-    segments, positions = np.full(shape, PADDING, np.int32), np.zeros(shape, np.int64)
+    segments = np.full(shape, PADDING, np.int32)
     for number, (document, start, size) in enumerate(zip(documents, starts, sizes)):
-        place = np.arange(start, start + size)
-        inputs.flat[place], targets.flat[place] = document[:size], document[1:]
-        segments.flat[place] = number
-        positions.flat[place] = place - np.maximum(start, place // max_length * max_length)
-    return Packed(inputs, targets, segments, positions)
+        place = slice(start, start + size)
+        inputs.ravel()[place], targets.ravel()[place] = document[:size], document[1:]
+        segments.ravel()[place] = number
+    return Packed(inputs, targets, segments)
 
 
 def _best_fit(sizes: Sequence[int], length: int) -> np.ndarray:
@@ -100,13 +99,23 @@ def _best_fit(sizes: Sequence[int], length: int) -> np.ndarray:
     return starts
 
 
-def segment_mask(segments: ArrayLike) -> np.ndarray:
-    """Which keys a query sees in packed rows: earlier ones and itself, of its own segment only.
+def segment_positions(segments: ArrayLike) -> np.ndarray:
+    """Each token's place in its segment.  segments (B, T) integers -> (B, T): 0, 1, ...
 
-    segments (B, T) integers -> (B, 1, T, T) booleans, true where the key is seen: the mask of
-    functional.scaled_dot_product_attention, for all heads.
+    A segment is a run of equal numbers; where the number changes, the next one begins.
     """
     segments = np.asarray(segments)
-    T = segments.shape[-1]
-    same = segments[:, None, :, None] == segments[:, None, None, :]  # (B, 1, T, T)
-    return same & np.tri(T, dtype=bool)
+    T = np.arange(segments.shape[1])
+    begins = np.ones(segments.shape, bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return T - np.maximum.accumulate(np.where(begins, T, 0), axis=1)
+
+
+def segment_mask(segments: ArrayLike) -> np.ndarray:
+    """Which pairs of tokens share a segment.  segments (B, T) integers -> (B, 1, T, T) booleans
+
+    The mask of functional.scaled_dot_product_attention for all heads, beside is_causal.
+    """
+    positions = segment_positions(segments)
+    starts = np.arange(positions.shape[1]) - positions  # (B, T): where each one's segment begins
+    return (starts[:, :, None] == starts[:, None, :])[:, None]
