@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinygrad_llm import functional as F  # noqa: N812
-from tinygrad_llm.data import DataLoader, pack, segment_mask, segment_positions
+from tinygrad_llm.data import DataLoader, pack
+from tinygrad_llm.nn import segment_mask, segment_positions
 from tinygrad_llm.tensor import Tensor
 
 

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import functional as F  # noqa: N812 (PyTorch's name for it)
-from .data.packing import segment_mask, segment_positions
 from .nn import (
     Dropout,
     Embedding,
@@ -21,6 +20,8 @@ from .nn import (
     Parameter,
     TransformerBlock,
     no_init,
+    segment_mask,
+    segment_positions,
 )
 from .nn.init import constant_, normal_
 from .nn.layers import check_divides, check_probability, check_sizes

@@ -6,7 +6,7 @@ from tinygrad_llm.data.filters import PERSONAL_DATA, blocked_by, perplexity_outl
 from tinygrad_llm.data.loader import DataLoader, create_dataloader
 from tinygrad_llm.data.mixture import MixedBatches, mixture_probabilities
 from tinygrad_llm.data.named import corpus_path
-from tinygrad_llm.data.packing import Packed, pack, segment_mask, segment_positions
+from tinygrad_llm.data.packing import Packed, pack
 from tinygrad_llm.data.streaming import encode_files
 from tinygrad_llm.data.tokens import open_tokens, train_val_split, write_tokens
 from tinygrad_llm.data.windows import RandomBatches, Windows
@@ -34,8 +34,6 @@ __all__ = [
     "perplexity_outliers",
     "read_blocks",
     "read_corpus",
-    "segment_mask",
-    "segment_positions",
     "shingles",
     "train_val_split",
     "write_tokens",

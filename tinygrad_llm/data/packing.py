@@ -97,25 +97,3 @@ def _best_fit(sizes: Sequence[int], length: int) -> np.ndarray:
         starts[number] = row * length + length - room
         rows_with_room[room - size].append(row)
     return starts
-
-
-def segment_positions(segments: ArrayLike) -> np.ndarray:
-    """Each token's place in its segment.  segments (B, T) integers -> (B, T): 0, 1, ...
-
-    A segment is a run of equal numbers; where the number changes, the next one begins.
-    """
-    segments = np.asarray(segments)
-    T = np.arange(segments.shape[1])
-    begins = np.ones(segments.shape, bool)
-    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    return T - np.maximum.accumulate(np.where(begins, T, 0), axis=1)
-
-
-def segment_mask(segments: ArrayLike) -> np.ndarray:
-    """Which pairs of tokens share a segment.  segments (B, T) integers -> (B, 1, T, T) booleans
-
-    The mask of functional.scaled_dot_product_attention for all heads, beside is_causal.
-    """
-    positions = segment_positions(segments)
-    starts = np.arange(positions.shape[1]) - positions  # (B, T): where each one's segment begins
-    return (starts[:, :, None] == starts[:, None, :])[:, None]

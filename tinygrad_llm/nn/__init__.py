@@ -16,7 +16,14 @@ from .layers import (
     Tanh,
 )
 from .module import Buffer, Module, ModuleList, Parameter, Sequential
-from .position import RelativePositionBias, RotaryEmbedding, Yarn, sinusoidal_positions
+from .position import (
+    RelativePositionBias,
+    RotaryEmbedding,
+    Yarn,
+    segment_mask,
+    segment_positions,
+    sinusoidal_positions,
+)
 
 __all__ = [
     "GELU",
@@ -42,5 +49,7 @@ __all__ = [
     "Yarn",
     "init",
     "no_init",
+    "segment_mask",
+    "segment_positions",
     "sinusoidal_positions",
 ]

@@ -8,6 +8,7 @@ depends on the distance alone (rotary).
 import math
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .. import functional as F  # noqa: N812 (PyTorch's name for it)
 from ..tensor import Tensor
@@ -155,3 +156,25 @@ def _half(weight, head_dim):
 def _reordered(weight, pair):
     heads = weight.reshape(-1, *pair, *weight.shape[1:])
     return heads.swapaxes(1, 2).reshape(weight.shape)
+
+
+def segment_positions(segments: ArrayLike) -> np.ndarray:
+    """Each token's place in its segment.  segments (B, T) integers -> (B, T): 0, 1, ...
+
+    A segment is a run of equal numbers; where the number changes, the next one begins.
+    """
+    segments = np.asarray(segments)
+    T = np.arange(segments.shape[1])
+    begins = np.ones(segments.shape, bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return T - np.maximum.accumulate(np.where(begins, T, 0), axis=1)
+
+
+def segment_mask(segments: ArrayLike) -> np.ndarray:
+    """Which pairs of tokens share a segment.  segments (B, T) integers -> (B, 1, T, T) booleans
+
+    The mask of functional.scaled_dot_product_attention for all heads, beside is_causal.
+    """
+    positions = segment_positions(segments)
+    starts = np.arange(positions.shape[1]) - positions  # (B, T): where each one's segment begins
+    return (starts[:, :, None] == starts[:, None, :])[:, None]

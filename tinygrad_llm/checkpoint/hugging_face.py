@@ -1,10 +1,8 @@
-"""Checkpoints: a directory that Hugging Face's transformers opens too, and exact resumption.
+"""A model as a directory that Hugging Face's transformers opens too, and back.
 
-config.json and model.safetensors hold the model in the layout of transformers' GPT-2, with the
-tokenizer's files beside them. training_state.safetensors holds all that training needs to go on,
-the weights once more included. Each file is replaced as a whole: a temporary file beside it, fsync,
-rename. A kill between two files leaves them whole, if of different steps; neither is read for the
-other's purpose, so generation and resumption still work. Nothing is ever pickled.
+config.json and model.safetensors are in the layout of transformers' GPT-2, with the tokenizer's
+files beside them. Each file is replaced as a whole: a temporary file, fsync, rename. Nothing is
+ever pickled.
 """
 
 import json
@@ -12,19 +10,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  gives NumPy the bfloat16 that safetensors asks it for
 import numpy as np
 import safetensors.numpy
-from safetensors import SafetensorError, safe_open
 
-from .data.files import atomic_write
-from .gpt import GPT, GPTConfig
-from .nn import no_init
-from .tokenizer import Tokenizer, load
+from ..data.files import atomic_write
+from ..gpt import GPT, GPTConfig
+from ..nn import no_init
+from ..tokenizer import Tokenizer, load
+from .tensors import read_tensors
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-TRAINING_STATE = "training_state.safetensors"
 
 OUR_KEY = "tinygrad_llm"  # in config.json: what transformers has no word for
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -77,7 +73,7 @@ def load_model(directory: str | Path) -> GPT:
     directory = Path(directory)
     _must_exist(directory)
     config = _read_config(directory / CONFIG)
-    tensors, _ = _read_tensors(_weights_file(directory))
+    tensors, _ = read_tensors(_weights_file(directory))
     tensors = _with_full_names(tensors)
     try:
         with no_init():
@@ -257,67 +253,3 @@ def _from_hugging_face(model: GPT, tensors: dict[str, np.ndarray]) -> dict[str, 
         tensors = {n: t for n, t in tensors.items() if not n.endswith("attn.c_attn.bias")}
     ours = {_hugging_face_name(name): name for name in model.state_dict()}
     return {ours.get(name, name): _oriented(name, array) for name, array in tensors.items()}
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """All tensors of a safetensors file, and its metadata. Raises ValueError if it is damaged."""
-    try:
-        with safe_open(path, framework="np") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error}): cut short?") from None
-    except TypeError as error:  # a dtype that neither NumPy nor ml_dtypes has
-        raise ValueError(f"{path}: {error}; expected float32, float16 or bfloat16") from None
-
-
-# --- training states ------------------------------------------------------------------------------
-
-
-def save_training_state(directory: str | Path, state: dict[str, Any]) -> None:
-    """Writes training_state.safetensors: nested dicts and lists of arrays and of what JSON holds.
-
-    The arrays become tensors, and the tree with their names in their places becomes the metadata.
-    """
-    arrays = {}
-
-    def without_arrays(value, name):
-        if isinstance(value, np.ndarray):
-            arrays[name] = np.ascontiguousarray(value)
-            return {"$tensor": name}
-        if isinstance(value, dict):
-            return {key: without_arrays(v, f"{name}/{key}") for key, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [without_arrays(v, f"{name}/{i}") for i, v in enumerate(value)]
-        return value
-
-    tree = json.dumps(without_arrays(state, "state"))
-    with atomic_write(Path(directory) / TRAINING_STATE) as file:
-        file.write(safetensors.numpy.save(arrays, {"state": tree}))
-
-
-def load_training_state(directory: str | Path) -> dict[str, Any]:
-    """What save_training_state was given; tuples have become lists, and keys strings.
-
-    Raises FileNotFoundError if there is none, ValueError if it is damaged.
-    """
-    path = Path(directory) / TRAINING_STATE
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{directory} has no {TRAINING_STATE}: expected a directory that training was saved in"
-        )
-    arrays, metadata = _read_tensors(path)
-
-    def with_arrays(value):
-        if isinstance(value, dict) and "$tensor" in value:
-            return arrays[value["$tensor"]]
-        if isinstance(value, dict):
-            return {key: with_arrays(v) for key, v in value.items()}
-        return [with_arrays(v) for v in value] if isinstance(value, list) else value
-
-    try:
-        return with_arrays(json.loads(metadata["state"]))
-    except (KeyError, ValueError):
-        raise ValueError(
-            f"{path} holds no training state: it was not written by this library"
-        ) from None
