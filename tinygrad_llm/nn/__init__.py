@@ -5,6 +5,7 @@ from .attention import FeedForward, MultiHeadAttention, TransformerBlock
 from .init import no_init
 from .layers import (
     GELU,
+    BCELoss,
     Dropout,
     Embedding,
     LayerNorm,
@@ -20,6 +21,7 @@ from .position import RelativePositionBias, RotaryEmbedding, Yarn, sinusoidal_po
 
 __all__ = [
     "GELU",
+    "BCELoss",
     "Buffer",
     "Dropout",
     "Embedding",
