@@ -451,12 +451,3 @@ def test_top_k_is_taken_row_by_row():
     model = Rows([[5, 4, 0], [0, 1, 2], [9, 7, 8]])
     drawn = generate(model, [[0], [0], [0]], 100, top_k=2, generator=random.Generator(0))
     assert [set(row.tolist()) for row in drawn[:, 1:]] == [{0, 1}, {1, 2}, {0, 2}]
-
-
-def test_rows_stop_one_by_one():
-    """`if id == stop_id` asks about one id, and there is one for each row."""
-    model = Rows([[0, 1], [1, 0]])
-    assert generate(model, [[0], [0]], 3, temperature=0, stop_id=1).tolist() == [
-        [0, 1, 1, 1],
-        [0] * 4,
-    ]
