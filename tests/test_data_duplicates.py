@@ -2,6 +2,7 @@
 
 import csv
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from tinygrad_llm.data import (
     perplexity_outliers,
     shingles,
 )
-from tinygrad_llm.data.duplicates import MISSED, band_rows
+from tinygrad_llm.data.duplicates import MISSED, band_keys, band_rows
 
 WORDS = [f"word{i}" for i in range(500)]
 
@@ -88,6 +89,20 @@ def test_bands():
         assert (1 - threshold**rows) ** (128 // rows) <= MISSED
     assert band_rows(128, 1.0) == 128
     assert band_rows(128, 1e-6) == 1
+    assert all(n % band_rows(n, threshold) == 0 for n in range(1, 200) for threshold in (0.5, 0.9))
+
+
+@given(st.lists(st.integers(0, 2), min_size=12, max_size=12), st.sampled_from([1, 2, 3, 4, 6, 12]))
+def test_keys_of_bands(numbers, rows):
+    keys = band_keys(np.array(numbers, np.uint32), rows)
+    bands = [(start, *numbers[start : start + rows]) for start in range(0, 12, rows)]
+    assert len(keys) == len(set(keys)) == len(bands)  # alike bands differ by their number
+    for changed in range(12):
+        other = [n + (i == changed) for i, n in enumerate(numbers)]
+        same = [
+            i for i, key in enumerate(band_keys(np.array(other, np.uint32), rows)) if key == keys[i]
+        ]
+        assert same == [i for i in range(len(bands)) if i != changed // rows]
 
 
 def test_near_duplicates_are_found():
@@ -100,6 +115,27 @@ def test_near_duplicates_are_found():
     assert repeats[50:].tolist() == [7, 3, 52]
     kept = deduplicate([*texts, " ".join(changed), texts[3].upper()])
     assert kept == texts
+    assert deduplicate(text for text in [*texts, texts[0]]) == texts  # read once, too
+
+
+@pytest.mark.parametrize("permutations", [128, 127, 30])  # a power of two, a prime, neither
+def test_near_duplicates_are_those_of_all_pairs(permutations):
+    """Whatever the bands: of pairs well above the threshold, next to none is missed."""
+    rng = np.random.default_rng(1)
+    ids = rng.integers(0, 1000, (40, 300))
+    documents = [*ids, *ids[:, :295], *ids[:20, 3:]]
+    repeats = near_duplicates(documents, permutations=permutations)
+    assert repeats.tolist() == [*range(40), *range(40), *range(20)]
+
+
+def test_memory_is_what_is_said():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 2**31, (2000, 20))
+    tracemalloc.start()
+    assert len(deduplicate(ids)) == 2000
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most / 2000 < 5000  # bytes
 
 
 @given(st.lists(st.sampled_from(["a b c", "A, B, C.", "c b a", "", "...", "d e f g h"])))
@@ -158,6 +194,10 @@ def test_block_list():
 
 
 def test_bad_input():
+    for find in (near_duplicates, deduplicate):
+        for single in ("abc", b"abc"):
+            with pytest.raises(TypeError, match="got a single one: give a list of them"):
+                find(single)
     for threshold in (0, -0.5, 1.1, float("nan")):
         with pytest.raises(ValueError, match="threshold must be above 0 and at most 1"):
             near_duplicates(["a"], threshold)
