@@ -186,14 +186,17 @@ def test_a_failure_leaves_what_was_there(tmp_path):
 # Reading in blocks
 
 
-@given(text=st.text(), mark=st.booleans(), size=st.integers(1, 9))
+no_zeros = st.text(st.characters(exclude_characters="\0", codec="utf-8"))  # they are UTF-16's
+
+
+@given(text=no_zeros, mark=st.booleans(), size=st.integers(1, 9))
 def test_blocks_are_the_text(tmp_path_factory, text, mark, size):
     path = tmp_path_factory.mktemp("text") / "a.txt"
     path.write_bytes((b"\xef\xbb\xbf" if mark else b"") + ("x" + text).encode())
     assert "".join(read_blocks(path, size)) == "x" + text
 
 
-@given(data=st.binary(min_size=1, max_size=30), size=st.integers(1, 9))
+@given(data=st.binary(min_size=1, max_size=30).filter(all), size=st.integers(1, 9))
 def test_the_place_of_a_wrong_byte(tmp_path_factory, data, size):
     path = tmp_path_factory.mktemp("text") / "a.txt"
     path.write_bytes(b"x" + data)
