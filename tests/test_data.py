@@ -99,6 +99,10 @@ def test_atomic_write(tmp_path, monkeypatch, without_name):
     assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "plain"]
     with pytest.raises(FileNotFoundError), files.atomic_write(tmp_path / "no" / "file"):
         pass
+    longest = tmp_path / ("日" * 85)  # 255 bytes
+    with files.atomic_write(longest) as file:
+        file.write(b"first")
+    assert longest.read_bytes() == b"first"
 
 
 # Token files
