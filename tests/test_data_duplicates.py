@@ -120,7 +120,7 @@ def test_near_duplicates_are_found():
 
 
 @pytest.mark.parametrize("permutations", [128, 127, 30])  # a power of two, a prime, neither
-def test_near_duplicates_are_those_of_all_pairs(permutations):
+def test_any_number_of_permutations(permutations):
     """Whatever the bands: of pairs well above the threshold, next to none is missed."""
     rng = np.random.default_rng(1)
     ids = rng.integers(0, 1000, (40, 300))

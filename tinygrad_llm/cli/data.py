@@ -117,6 +117,7 @@ def _check_free(out: Path) -> None:
 
 
 def _opened(directory: Path | None) -> Tokenizer:
+    """The tokenizer in a directory; without one, GPT-2's."""
     if directory is None:
         return gpt2()
     if not any((directory / name).exists() for name in ("tokenizer.json", "vocab.json")):

@@ -20,7 +20,7 @@ from tinygrad_llm.data.tokens import as_tokens
 # Where the words of most tokenizers end: behind a letter or digit that a space or line end follows,
 # and between two lines that are not empty.
 WORD_END = re.compile(r"[^\W_](?=[ \n])|\S\n(?=\S)")
-# Where they end if only a space begins a word, as for a Unigram tokenizer: it goes on across lines.
+# Where those of a Unigram tokenizer end: only a space begins a new one, they go on across lines.
 BEFORE_SPACE = re.compile(r"[^\W_](?= )")
 BLOCK = 1 << 20  # bytes read at a time
 NEAR = 1 << 12  # characters: where the last such place usually is
@@ -66,7 +66,8 @@ def encode_files(
             try:
                 ids = _checked(encode(text), vocab_size)
             except (KeyError, ValueError) as error:  # a KeyError is a word that has no id
-                raise ValueError(f"reading {file}: {error.args[0]}") from error
+                reason = error.args[0] if isinstance(error, KeyError) else error
+                raise ValueError(f"reading {file}: {reason}") from error
             tokens.write(ids.astype(dtype, copy=False).tobytes())
             count += len(ids)
             if progress is not None:
