@@ -251,15 +251,16 @@ def test_printable_table():
     assert printable(b" the\n") == "ĠtheĊ"
 
 
-@settings(max_examples=20)
-@given(st.text(min_size=1), st.integers(257, 300))
-def test_training_on_any_text(text, vocab_size):
+@settings(max_examples=30)
+@given(KNOWN_TEXT.filter(bool), KNOWN_TEXT, st.integers(257, 300))
+def test_training_on_any_text(text, other, vocab_size):
     trained = BPETokenizer.train(text, vocab_size)
     assert 257 <= trained.vocab_size <= vocab_size
-    assert trained.decode(trained.encode_ordinary(text)) == text
-    assert trained.encode_array(text, disallowed_special=()).tolist() == trained.encode_ordinary(
-        text
-    )
+    for each in (text, other):
+        ids = trained.encode_ordinary(each)
+        assert trained.decode(ids) == each
+        assert trained.to_tiktoken().encode_ordinary(each) == ids
+        assert trained.encode_array(each, disallowed_special=()).tolist() == ids
 
 
 def test_copies_and_pickles():
@@ -901,3 +902,26 @@ def test_one_interface(tokenizer, tmp_path):
         assert again.encode("some text") == ids
         assert again.special_tokens == tokenizer.special_tokens
     assert {p.name for p in tmp_path.iterdir()} >= {"tokenizer.json", "tokenizer_config.json"}
+
+
+@pytest.mark.parametrize("tokenizer", [*SMALL, FAST], ids=lambda small: type(small).__name__)
+def test_hugging_face_gets_the_same_ids_for_added_tokens(tokenizer, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    ours = copy.deepcopy(tokenizer)
+    new = ours.add_tokens(["<new>", "<new>er"])
+    ours.save(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
+
+    @settings(max_examples=30)
+    @given(
+        st.lists(st.sampled_from(["some", " ", "text", "\n", *ours.special_tokens])).map("".join)
+    )
+    def on_any_text(text):
+        ids = ours.encode(text, allowed_special="all")
+        assert theirs.encode(text).ids == auto.encode(text) == ids
+
+    on_any_text()
+    assert theirs.encode("some<new>er<new>").ids[-2:] == new[::-1]
+    assert len(auto) == ours.vocab_size
