@@ -47,7 +47,12 @@ TRAINED = BPETokenizer.train(CORPUS, 700, special_tokens=[END, "<|user|>"])
 # Any characters, but also many that meet in real text, so that merges happen.
 ANY_TEXT = st.text() | st.text(st.sampled_from("aeinst  \n'1é.")) | st.text("ab ", min_size=20)
 # Libraries know different Unicode versions: compare on characters that Python already knows.
-KNOWN_TEXT = st.text(st.characters(exclude_categories=["Cs", "Cn"])) | st.text("aeinst  \n'1é.")
+CONTRACTIONS = ["'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'", "the", "read", "start", " ", "1"]
+KNOWN_TEXT = (
+    st.text(st.characters(exclude_categories=["Cs", "Cn"]))
+    | st.text("aeinst  \n'1é.")
+    | st.lists(st.sampled_from(CONTRACTIONS)).map("".join)
+)
 WITH_SPECIAL = st.lists(KNOWN_TEXT | st.sampled_from([END, "<|user|>"])).map("".join)
 
 
