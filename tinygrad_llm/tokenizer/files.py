@@ -75,7 +75,8 @@ def read_special_tokens(
         raise ValueError(f"{path}: expected added_tokens with a content and an id each")
     for name, i in found.items():
         if vocab.get(name, i) != i:
-            raise ValueError(f"{path}: {name!r} has two ids, {vocab[name]} and {i}: expected one")
+            ids = f"{vocab[name]!r} and {i!r}"
+            raise ValueError(f"{path}: {name!r} has two ids, {ids}: expected one")
     return found
 
 
