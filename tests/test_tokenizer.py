@@ -839,7 +839,7 @@ SMALL = [
 # What a JSON file may hold in the place of something else
 ANY_JSON = (
     st.none() | st.booleans() | st.integers(-1, 300) | st.integers() | st.floats() | st.text()
-    | st.sampled_from([2**64, 10**400, "\ud83d", "\n", "", "some", [], {}, [[]], [["a", 0]], {"a": {}}])
+    | st.sampled_from([2**64, 10**400, "\ud83d", "\n", "", "some", [], {}, [[]], [["a", 0]]])
 )  # fmt: skip
 
 
