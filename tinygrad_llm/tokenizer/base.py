@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import regex
 
+from tinygrad_llm.data.streaming import WORD_END
+
 END_OF_TEXT = "<|endoftext|>"
 CACHED_WORDS = 2**20  # remember no more words than this: memory stays bounded
 
@@ -22,6 +24,7 @@ class Tokenizer(ABC):
     hold.
     """
 
+    word_end = WORD_END  # where a text may be cut in two without changing its ids
     special_tokens: dict[str, int]
     _tokens: dict[int, bytes]  # id -> what it decodes to, of special tokens, too
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import regex
 
+from tinygrad_llm.data.streaming import BEFORE_SPACE
 from tinygrad_llm.tokenizer.base import (
     Tokenizer,
     WordIds,
@@ -220,6 +221,8 @@ class UnigramTokenizer(Tokenizer):
     prefix_space: whether a text that does not begin with a space gets one, so that its first word
     is spelled as elsewhere; decoding takes one away.
     """
+
+    word_end = BEFORE_SPACE  # pieces go on across the ends of lines
 
     def __init__(
         self,
