@@ -20,6 +20,7 @@ from .nn import (
     Parameter,
     TransformerBlock,
     no_init,
+    recompute,
     segment_mask,
     segment_positions,
 )
@@ -133,7 +134,10 @@ class GPT(Module):
                 first to the last, which gives the numbers of the book that this follows
 
     Weights that are about to be loaded need not be drawn: `with nn.no_init(): model = GPT(cfg)`.
+    `model.recompute = True` saves memory in training: each block runs through nn.recompute.
     """
+
+    recompute = False
 
     def __init__(self, cfg: GPTConfig, generator: Generator | None = None, init: str = "gpt2"):
         if not isinstance(cfg, GPTConfig):
@@ -217,7 +221,10 @@ class GPT(Module):
         x = self.tok_emb(ids) + self.pos_emb(positions)  # (B, T, C) + (T, C)
         x = self.drop_emb(x)  # (B, T, C)
         for block in self.blocks:
-            x = block(x, mask)  # (B, T, C)
+            if self.recompute:
+                x = recompute(block, x, mask, generator=self.drop_emb.generator)  # (B, T, C)
+            else:
+                x = block(x, mask)  # (B, T, C)
         x = self.final_norm(x)  # (B, T, C)
         return self.out_head(x)  # (B, T, V)
 

@@ -24,6 +24,7 @@ from .position import (
     segment_positions,
     sinusoidal_positions,
 )
+from .recompute import recompute
 
 __all__ = [
     "GELU",
@@ -49,6 +50,7 @@ __all__ = [
     "Yarn",
     "init",
     "no_init",
+    "recompute",
     "segment_mask",
     "segment_positions",
     "sinusoidal_positions",
