@@ -62,6 +62,8 @@ def save_checkpoint(
     save_training_state(path, state)
     for old in checkpoints(directory)[:-keep] if keep else []:
         old.unlink(missing_ok=True)
+    for stray in folder.glob(".step-*.tmp"):  # of a save that was killed
+        stray.unlink(missing_ok=True)
     return path
 
 
@@ -118,8 +120,11 @@ def load_training_state(path: str | Path) -> dict[str, Any]:
     digest.update(data[end:])
     if digest.hexdigest() != sha256:
         raise ValueError(f"{path} is damaged: its SHA-256 is not the one it was saved with")
-    arrays = {name: _array(data[end:], entry) for name, entry in entries.items()}
-    return _with_arrays(json.loads(tree), arrays)
+    try:
+        arrays = {name: _array(data[end:], entry) for name, entry in entries.items()}
+        return _with_arrays(json.loads(tree), arrays)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"{path} holds no training state, though its SHA-256 is right") from None
 
 
 def _header(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:

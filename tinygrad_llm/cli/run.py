@@ -23,7 +23,15 @@ from ..checkpoint import (
 )
 from ..data import embedded_corpus, open_tokens, read_corpus, train_val_split, write_tokens
 from ..gpt import GPT, GPTConfig
-from ..tokenizer import END_OF_TEXT, FILES, BPETokenizer, Tokenizer, gpt2, load
+from ..tokenizer import (
+    END_OF_TEXT,
+    FILES,
+    BPETokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+    gpt2,
+    load,
+)
 from ..train import Trainer, TrainSettings, versions
 from .errors import user_input
 from .log import EVENTS, LOG, Log
@@ -96,6 +104,8 @@ def new_run(
         tokens = open_tokens(prepared)
     else:
         tokenizer, tokens = _encoded_text(options, tokenizer, screen)
+    if isinstance(tokenizer, TiktokenTokenizer):
+        tokenizer = tokenizer.to_bpe()  # once, not each time that it is saved
     train_tokens, val_tokens = train_val_split(tokens, VALIDATION_PART, settings.context)
     random.manual_seed(options["seed"])  # draws the weights
     model = GPT(_gpt_config(options, tokenizer.vocab_size))
