@@ -279,7 +279,7 @@ def test_tensorboard_events_are_those_of_the_log(tmp_path, text_file):
 
 
 def scalars(folder):
-    """tag -> (step, value) pairs of TensorBoard's event files: length, checksum, event, checksum."""
+    """tag -> (step, value) pairs, of files of events: length, checksum, event, checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
     found = {}
@@ -439,7 +439,7 @@ def assert_refused(done, *parts):
         ("--speed 3", ["--speed", "train --help"]),
         ("--min-lr 1", ["min_lr must be at most lr"]),
         ("--warmup 900", ["warmup_steps must be 0 to steps"]),
-        ("--dropout 2", ["--dropout", "0<=x<=1"]),
+        ("--dropout 2", ["--dropout", "less than or equal to 1"]),
         ("--weight-decay -1", ["--weight-decay"]),
         ("--size gpt9", ["--size", "gpt2-xl"]),
         ("--size gpt2 --dim 64", ["--size says what --dim is: give one of them"]),

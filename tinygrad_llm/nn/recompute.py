@@ -1,8 +1,8 @@
 """Activation recomputation: memory for time. What backward needs is not kept, but computed again.
 
 A network of n blocks keeps the activations of all of them for backward. Recomputed, it keeps the
-input of each block, and the activations of one block at a time, for one more forward pass: about a
-third more time. Chen, Xu, Zhang & Guestrin, "Training Deep Nets with Sublinear Memory Cost", 2016.
+input of each block, and the activations of one block at a time; the price is a second forward pass.
+Chen, Xu, Zhang & Guestrin, "Training Deep Nets with Sublinear Memory Cost", 2016.
 """
 
 from collections.abc import Callable
