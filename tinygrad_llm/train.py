@@ -134,7 +134,7 @@ class Trainer:
     """Trains `model` on windows drawn from `train_tokens` (N,), validates on `val_tokens` (M,).
 
     `step` counts the updates done. `losses` has the training loss of each, `evaluations` the pairs
-    (step, validation loss).
+    (step, validation loss), `grad_norm` the length of the last gradient before it was clipped.
     Raises ValueError if the context is longer than the model's or a text shorter than one window,
     IndexError for token ids that the model does not have.
     """
@@ -168,12 +168,13 @@ class Trainer:
         if not self.evaluations:
             yield self._report(evaluate=True)
         while not self.finished:
-            start, lr = time.perf_counter(), self.learning_rate()
-            loss = self.training_step()
-            seconds = time.perf_counter() - start
+            measured = {"learning_rate": self.learning_rate()}
+            start = time.perf_counter()
+            measured["loss"] = self.training_step()
+            measured["seconds"] = time.perf_counter() - start
             last = self.step == self.settings.steps
             due = last or self.step % self.settings.eval_interval == 0
-            yield self._report(due, loss, lr, self.grad_norm, seconds)
+            yield self._report(due, grad_norm=self.grad_norm, **measured)
 
     def training_step(self) -> float:
         """One update of the weights; returns the loss before it."""
@@ -212,18 +213,11 @@ class Trainer:
         s = self.settings
         return warmup_cosine(self.step + 1, s.steps, s.warmup_steps, s.lr, minimum=s.min_lr)
 
-    def _report(
-        self,
-        evaluate: bool,
-        loss: float | None = None,
-        learning_rate: float | None = None,
-        grad_norm: float | None = None,
-        seconds: float | None = None,
-    ) -> Report:
+    def _report(self, evaluate: bool, **measured: float) -> Report:
         val_loss = self._validate() if evaluate else None
         best = evaluate and self.best[0] == self.step
         tokens = self.step * self.settings.tokens_per_step
-        return Report(self.step, loss, val_loss, learning_rate, grad_norm, tokens, seconds, best)
+        return Report(self.step, val_loss=val_loss, best=best, tokens=tokens, **measured)
 
     def _validate(self) -> float:
         s = self.settings
@@ -342,6 +336,7 @@ def evaluate(
 def plot_training(path: str | Path, reports: Sequence[Report]) -> None:
     """Draws losses, perplexity and learning rate against the step into a PNG file."""
     from matplotlib.figure import Figure  # slow to import, and only needed here
+    from matplotlib.ticker import LogLocator
 
     steps = [r for r in reports if r.loss is not None]
     evaluations = [r for r in reports if r.val_loss is not None]
@@ -353,8 +348,10 @@ def plot_training(path: str | Path, reports: Sequence[Report]) -> None:
     above.plot(x, losses, marker="o", markersize=3, label="validation")
     above.set(ylabel="loss per token (nats)")
     above.legend()
-    right = above.secondary_yaxis("right", functions=(_exp, _log))
-    right.set(ylabel="perplexity, e to the loss")
+    right = above.secondary_yaxis("right", functions=(_perplexities, _losses))
+    right.set(ylabel="perplexity")
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.yaxis.set_major_formatter("{x:,g}")
     below.plot([r.step for r in steps], [r.learning_rate for r in steps])
     below.set(xlabel="step", ylabel="learning rate")
     for axes in (above, below):
@@ -363,12 +360,12 @@ def plot_training(path: str | Path, reports: Sequence[Report]) -> None:
         figure.savefig(file, format="png", dpi=120)
 
 
-def _exp(loss):
-    return np.exp(np.minimum(loss, 700.0))
+def _perplexities(losses):
+    return np.exp(np.minimum(losses, 700.0))
 
 
-def _log(perplexity):
-    return np.log(np.maximum(perplexity, 1e-300))
+def _losses(perplexities):
+    return np.log(np.maximum(perplexities, 1e-300))
 
 
 def versions() -> dict[str, str]:
