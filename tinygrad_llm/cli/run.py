@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,7 @@ def _made_directory(out: Path | None) -> Path:
 def _remove_results(directory: Path) -> None:
     for path in (*checkpoints(directory), *(directory / name for name in RESULTS)):
         path.unlink(missing_ok=True)
+    shutil.rmtree(directory / EVENTS, ignore_errors=True)
     (directory / INCOMPLETE).unlink(missing_ok=True)
 
 
