@@ -20,6 +20,7 @@ from .nn import (
     Parameter,
     TransformerBlock,
     no_init,
+    recompute,
     segment_mask,
     segment_positions,
 )
@@ -137,7 +138,10 @@ class GPT(Module):
     is the table that is replaced, tokens start uniform in ±1/√C, as a head does.
 
     Weights that are about to be loaded need not be drawn: `with nn.no_init(): model = GPT(cfg)`.
+    `model.recompute = True` saves memory in training: each block runs through nn.recompute.
     """
+
+    recompute = False
 
     def __init__(self, cfg: GPTConfig, generator: Generator | None = None, init: str = "gpt2"):
         if not isinstance(cfg, GPTConfig):
@@ -225,7 +229,10 @@ class GPT(Module):
         x = self.tok_emb(ids) + self.pos_emb(positions)  # (B, T, C) + (T, C)
         x = self.drop_emb(x)  # (B, T, C)
         for block in self.blocks:
-            x = block(x, mask)  # (B, T, C)
+            if self.recompute:
+                x = recompute(block, x, mask, generator=self.drop_emb.generator)  # (B, T, C)
+            else:
+                x = block(x, mask)  # (B, T, C)
         x = self.final_norm(x)  # (B, T, C)
         return self.out_head(x)  # (B, T, V)
 

@@ -25,6 +25,7 @@ from .position import (
     segment_positions,
     sinusoidal_positions,
 )
+from .recompute import recompute
 
 __all__ = [
     "GELU",
@@ -51,6 +52,7 @@ __all__ = [
     "Yarn",
     "init",
     "no_init",
+    "recompute",
     "segment_mask",
     "segment_positions",
     "sinusoidal_positions",
