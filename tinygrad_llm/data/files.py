@@ -19,7 +19,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     Raises OSError if the folder is missing or cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A part of the name: it may have all of the 255 bytes that a name can have.
+    temporary = path.with_name(f".{path.name[-50:]}.{os.getpid()}.tmp")
     try:
         with _without_name(path.parent) or open(temporary, "wb") as file:
             yield file

@@ -5,6 +5,7 @@ from .attention import FeedForward, MultiHeadAttention, TransformerBlock
 from .init import no_init
 from .layers import (
     GELU,
+    BCELoss,
     Dropout,
     Embedding,
     LayerNorm,
@@ -27,6 +28,7 @@ from .position import (
 
 __all__ = [
     "GELU",
+    "BCELoss",
     "Buffer",
     "Dropout",
     "Embedding",

@@ -37,7 +37,8 @@ class MultiHeadAttention(Module):
     n_kv_heads  fewer heads of keys and values than of queries: H / n_kv_heads heads share one
                 (grouped-query attention: Ainslie et al., 2023); H by default
     window      with causal: a token sees itself and the window - 1 before it (Beltagy et al., 2020)
-    rope        a RotaryEmbedding of width d_out / H, which turns queries and keys
+    rope        a RotaryEmbedding of width d_out / H for as many positions, which turns queries
+                and keys
     Raises ValueError if n_heads does not divide d_out, or n_kv_heads n_heads, or for more than
     context_length tokens. Vaswani et al., "Attention Is All You Need", 2017.
     """
@@ -66,6 +67,8 @@ class MultiHeadAttention(Module):
         check_probability(owner, dropout=dropout)
         if window < context_length and not causal:
             raise ValueError(f"{owner}: a window needs causal=True")
+        if rope is not None:
+            _check_rope(owner, rope, d_out // n_heads, context_length)
         self.d_out, self.n_heads, self.n_kv_heads = d_out, n_heads, n_kv_heads
         self.head_dim = d_out // n_heads
         self.context_length, self.window, self.rope = context_length, window, rope
@@ -90,12 +93,7 @@ class MultiHeadAttention(Module):
         mask    booleans that broadcast to (..., H, T, T): which keys may be seen, besides causal;
                 or floats that are added to the scores, such as a RelativePositionBias
         """
-        T, longest = x.shape[-2], self.context_length
-        if longest < T:
-            raise ValueError(
-                f"MultiHeadAttention: {T} tokens exceed context_length {longest}; "
-                f"keep the last {longest}"
-            )
+        T = check_tokens("MultiHeadAttention", x, self.context_length)
         qkv = self.qkv(x)  # (B, T, C + 2 C / R) for R heads of queries that share one of keys
         q, k, v = (self._heads(qkv[..., part]) for part in self._parts())  # (B, H, T, D)
         if self.rope is not None:
@@ -150,6 +148,28 @@ class MultiHeadAttention(Module):
         if self.n_kv_heads < self.n_heads:
             shown += f", n_kv_heads={self.n_kv_heads}"
         return shown if self.window == self.context_length else f"{shown}, window={self.window}"
+
+
+def check_tokens(owner: str, x: Tensor, longest: float = math.inf) -> int:
+    """How many tokens x has. Raises ValueError unless it is (..., T, d_in), with T <= longest."""
+    if x.ndim < 2:
+        raise ValueError(f"{owner}: x has shape {x.shape}, expected (..., T, d_in)")
+    T = x.shape[-2]
+    if longest < T:
+        raise ValueError(
+            f"{owner}: {T} tokens exceed context_length {longest}; keep the last {longest}"
+        )
+    return T
+
+
+def _check_rope(owner, rope, head_dim, context_length):
+    if not isinstance(rope, RotaryEmbedding):
+        raise TypeError(f"{owner}: rope is a RotaryEmbedding, not a {type(rope).__name__}")
+    if rope.dim != head_dim or rope.context_length < context_length:
+        raise ValueError(
+            f"{owner}: rope has dim {rope.dim} and context_length {rope.context_length}; "
+            f"expected {head_dim}, which is d_out / n_heads, and at least {context_length}"
+        )
 
 
 class FeedForward(Module):
