@@ -151,6 +151,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is not valid JSON (line {error.lineno}: {error.msg}): expected {expected}"
         ) from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply: expected {expected}") from None
+    except ValueError:  # Python limits the digits of an integer
+        raise ValueError(f"{path} has a number of too many digits: expected {expected}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}: expected {expected}")
     return content
