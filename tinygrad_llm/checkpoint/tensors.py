@@ -102,7 +102,7 @@ def copy_tensor(out: np.ndarray, tensor: StoredTensor, transposed: bool = False)
             out[rows] = part
             continue
         for i in range(0, len(part), BLOCK):
-            block = part[i : i + BLOCK]  # (n, columns)
+            block = part[i : i + BLOCK].astype(out.dtype, copy=False)  # (n, columns)
             out[:, rows.start + i : rows.start + i + len(block)] = block.T
 
 

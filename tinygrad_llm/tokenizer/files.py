@@ -145,8 +145,9 @@ def read_text(path: Path, expected: str) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ValueError if it is missing, damaged or something else."""
     expected = "one JSON object"
+    text = read_text(path, expected)
     try:
-        content = json.loads(read_text(path, expected))
+        content = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path} is not valid JSON (line {error.lineno}: {error.msg}): expected {expected}"
