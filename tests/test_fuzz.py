@@ -68,15 +68,27 @@ def opens_or_refuses(open_it, directory):
             return open_it(directory)
     except (ValueError, OSError) as error:
         text = str(error)
-        assert str(directory) in text and len(text.splitlines()) == 1 and len(text) < 2000, text
+        assert str(directory) in text and text.isprintable() and len(text) < 2000, text
         return None
 
 
 # --- mutations ------------------------------------------------------------------------------------
 
 NUMBERS = [-1, 0, 1, 2, 3, 7, 255, 2**31, 2**32 - 1, 2**63, 2**64, 10**30, 0.5, 1e300, -0.0]
-WORDS = ["", "x", "\n", "\x00", "é", "../x", "/etc/hostname", "<|endoftext|>", "a" * 3000]
-KINDS = ["F16", "BF16", "F64", "I64", "BOOL", "F8_E4M3", "C64", "BPE", "Unigram", "WordPiece"]
+WORDS = ["", "x", "a\nb", "\x00", "é", "../x", "/etc/hostname", "<|endoftext|>", "a" * 3000]
+KINDS = [
+    "I32",
+    "F16",
+    "BF16",
+    "F64",
+    "I64",
+    "BOOL",
+    "F8_E4M3",
+    "C64",
+    "BPE",
+    "Unigram",
+    "WordPiece",
+]
 DEEP = json.loads("[" * 500 + "]" * 500)
 OTHERS = [None, True, False, [], {}, [[]], [0, 0], [2**62, 2**62], {"a": 1}, float("nan"), DEEP]
 ODD = st.sampled_from([*NUMBERS, *WORDS, *KINDS, *OTHERS])
@@ -265,7 +277,7 @@ def check_tokenizer(directory):
             ids = tokenizer.encode(TEXT)
             tokenizer.decode(ids)
     except ValueError as error:  # a character that is in no token any more
-        assert len(str(error).splitlines()) == 1
+        assert "\n" not in str(error)
     else:
         assert max(ids, default=0) < tokenizer.vocab_size
 

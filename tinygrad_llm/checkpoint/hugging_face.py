@@ -42,6 +42,7 @@ BLOCK_NAMES = {
     "ff.up": "mlp.c_fc",
     "ff.down": "mlp.c_proj",
 }
+TABLE, HEAD = "transformer.wte.weight", "lm_head.weight"
 TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 MASKS = re.compile(r"\.attn\.(bias|masked_bias)$")  # older checkpoints store the causal mask
 
@@ -78,9 +79,14 @@ def open_checkpoint(name_or_dir: str | Path) -> Checkpoint:
     stored = _with_full_names(directory, read_weights(directory))
     try:
         cfg = _config_from_hugging_face(config)
-        tensors = _fitting(cfg, stored)
+        tied = cfg.tie_weights and HEAD not in stored
+        tensors = _fitting(replace(cfg, tie_weights=tied), stored)
     except ValueError as error:
         raise ValueError(f"{directory}: {CONFIG} and the weights make no model: {error}") from None
+    if cfg.tie_weights and not tied and _same(tensors[HEAD], tensors[TABLE]):
+        del tensors[HEAD]
+    elif cfg.tie_weights and not tied:  # transformers, too, believes the numbers
+        cfg, config = replace(cfg, tie_weights=False), {**config, "tie_word_embeddings": False}
     if not cfg.qkv_bias and _has_qkv_bias(tensors):
         cfg = replace(cfg, qkv_bias=True)
     return Checkpoint(directory, config, cfg, tensors)
@@ -292,7 +298,7 @@ def _shapes(cfg: GPTConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
         "mlp.c_fc": (C, 4 * C),
         "mlp.c_proj": (4 * C, C),
     }
-    yield "transformer.wte.weight", (cfg.vocab_size, C)
+    yield TABLE, (cfg.vocab_size, C)
     yield "transformer.wpe.weight", (cfg.context_length, C)
     for i in range(cfg.n_layers):
         for name, shape in block.items():
@@ -301,7 +307,7 @@ def _shapes(cfg: GPTConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "transformer.ln_f.weight", (C,)
     yield "transformer.ln_f.bias", (C,)
     if not cfg.tie_weights:
-        yield "lm_head.weight", (cfg.vocab_size, C)
+        yield HEAD, (cfg.vocab_size, C)
 
 
 def _with_full_names(directory: Path, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -322,16 +328,14 @@ def _fitting(cfg: GPTConfig, stored: dict[str, StoredTensor]) -> dict[str, Store
     if cfg.n_layers > len(stored):  # and not a list of millions of missing names
         raise ValueError(f"n_layer is {cfg.n_layers}, with {len(stored)} tensors in all")
     shapes = dict(_shapes(cfg))
-    stored = dict(stored)
-    if cfg.tie_weights and "lm_head.weight" in stored:
-        _must_be_tied(stored.pop("lm_head.weight"), stored.get("transformer.wte.weight"))
     problems = []
     if missing := [name for name in shapes if name not in stored]:
         problems.append(f"missing {few(missing)}")
     if unexpected := [name for name in stored if name not in shapes]:
         problems.append(f"unexpected {few(unexpected)}")
-    for name in shapes.keys() & stored.keys():
-        problems += _unfit(name, shapes[name], stored[name])
+    for name in shapes:
+        if name in stored:
+            problems += _unfit(name, shapes[name], stored[name])
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError("; ".join(problems[:3]) + more)
@@ -348,18 +352,8 @@ def _unfit(name, shape, tensor):
     return []
 
 
-def _must_be_tied(head, table):
-    """Raises ValueError if a head that is said to be the table has numbers of its own."""
-    same = table is not None and (head.kind, head.shape) == (table.kind, table.shape)
-    if (
-        not same
-        or head.kind not in DTYPES
-        or not all(
-            np.array_equal(head[rows].view(np.uint8), table[rows].view(np.uint8))
-            for rows in pieces(head)
-        )
-    ):
-        raise ValueError(
-            "lm_head.weight differs from transformer.wte.weight, though tie_word_embeddings says "
-            "that it is the same: which one is right? If both are, set tie_word_embeddings to false"
-        )
+def _same(a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether two tensors of one shape are equal to the bit."""
+    return a.kind == b.kind and all(
+        np.array_equal(a[rows].view(np.uint8), b[rows].view(np.uint8)) for rows in pieces(a)
+    )
