@@ -21,7 +21,7 @@ from ..nn import no_init
 from ..tokenizer import Tokenizer, load
 from .hub import find_model
 from .shards import Tensors, convert, is_pickle, other_format, read_weights, write_weights
-from .tensors import DTYPES, StoredTensor, copy_tensor, few, pieces, read_json, shown
+from .tensors import DTYPES, StoredTensor, copy_tensor, few, line, pieces, read_json, shown
 
 CONFIG = "config.json"
 
@@ -82,7 +82,8 @@ def open_checkpoint(name_or_dir: str | Path) -> Checkpoint:
         tied = cfg.tie_weights and HEAD not in stored
         tensors = _fitting(replace(cfg, tie_weights=tied), stored)
     except ValueError as error:
-        raise ValueError(f"{directory}: {CONFIG} and the weights make no model: {error}") from None
+        text = f"{directory}: {CONFIG} and the weights make no model: {line(error)}"
+        raise ValueError(text) from None
     if cfg.tie_weights and not tied and _same(tensors[HEAD], tensors[TABLE]):
         del tensors[HEAD]
     elif cfg.tie_weights and not tied:  # transformers, too, believes the numbers

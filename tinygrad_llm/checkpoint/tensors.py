@@ -166,7 +166,7 @@ def _damaged(path, error):
 def line(error: Exception) -> str:
     """An error's text in one line of a bearable length."""
     text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:200] + "..."
+    return text if len(text) <= 600 else text[:600] + "..."
 
 
 def shown(value: Any) -> str:
