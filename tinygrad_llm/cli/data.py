@@ -11,8 +11,7 @@ import typer
 from ..data import corpus_hash, corpus_path, encode_files
 from ..data.corpus import text_files
 from ..data.named import FOLDER, SOURCES, checked, find_corpus
-from ..data.streaming import BEFORE_SPACE, WORD_END
-from ..tokenizer import END_OF_TEXT, Tokenizer, UnigramTokenizer, gpt2, load
+from ..tokenizer import END_OF_TEXT, Tokenizer, gpt2, load
 from .errors import described, user_input
 from .screen import Screen, typed
 
@@ -76,7 +75,7 @@ def prepare(
                     separator=END_OF_TEXT if END_OF_TEXT in special_tokens else "\n\n",
                     special_tokens=special_tokens,
                     progress=lambda done, total: show(done, total, f"{done / 1e6:,.1f} MB"),
-                    word_end=BEFORE_SPACE if isinstance(encoder, UnigramTokenizer) else WORD_END,
+                    word_end=encoder.word_end,
                 )
         except KeyboardInterrupt:
             print(f"stopped; {out} was not written", file=sys.stderr)

@@ -39,12 +39,12 @@ def encode_files(
     """Encode UTF-8 text files, as one text, into a `.npy` file of token ids; returns their number.
 
     encode          text -> ids 0..vocab_size-1, by a tokenizer whose words end at spaces and line
-                    ends at the latest (GPT-2's and later ones, words, WordPiece; for a Unigram
-                    one: word_end). Then the ids are those of encode(read_corpus(paths, separator))
+                    ends at the latest (GPT-2's and later ones, words, WordPiece), or at what
+                    word_end says. Then the ids are those of encode(read_corpus(paths, separator))
     separator       goes between two files
     special_tokens  texts that stand for one token and are never cut
     progress        progress(done, total) is called after each block, in bytes
-    word_end        where the text may be cut; streaming.BEFORE_SPACE for Unigram tokenizers
+    word_end        where the text may be cut: the tokenizer's own word_end
 
     The file opens with open_tokens: uint16 if vocab_size fits, else uint32. It appears when it is
     complete; a run that fails or is killed leaves what was there. Memory does not grow with
