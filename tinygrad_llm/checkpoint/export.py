@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 from numpy.typing import DTypeLike
 
 from ..data.files import atomic_write
@@ -23,14 +22,12 @@ def export_checkpoint(
     checkpoint yet. Raises ValueError if the directory exists and is not empty, if the source is no
     GPT-2 or the arguments are not as in `save_model`, OSError if nothing can be written.
     """
-    dtype = weights_dtype(dtype)
-    if max_shard_size is not None:
-        size_in_bytes(max_shard_size)
+    dtype, limit = weights_dtype(dtype), size_in_bytes(max_shard_size)
     source, directory = open_checkpoint(name_or_dir), Path(directory)
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists, and would be overwritten: choose another place")
     directory.mkdir(parents=True, exist_ok=True)
-    write_weights(directory, source.tensors, np.dtype(dtype), max_shard_size)
+    write_weights(directory, source.tensors, dtype, limit)
     for name in TOKENIZER_FILES:
         if (source.directory / name).exists():
             with atomic_write(directory / name) as file:

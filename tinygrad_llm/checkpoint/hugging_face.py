@@ -20,7 +20,15 @@ from ..gpt import GPT, GPTConfig
 from ..nn import no_init
 from ..tokenizer import Tokenizer, load
 from .hub import find_model
-from .shards import Tensors, convert, is_pickle, other_format, read_weights, write_weights
+from .shards import (
+    Tensors,
+    convert,
+    is_pickle,
+    other_format,
+    read_weights,
+    size_in_bytes,
+    write_weights,
+)
 from .tensors import DTYPES, StoredTensor, copy_tensor, few, line, pieces, read_json, shown
 
 CONFIG = "config.json"
@@ -122,12 +130,12 @@ def save_model(
     Raises ValueError for arguments that are none of these and for numbers that a float16 cannot
     hold, OSError if nothing can be written: what was there is there still.
     """
-    dtype = weights_dtype(dtype)
+    dtype, limit = weights_dtype(dtype), size_in_bytes(max_shard_size)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    write_weights(directory, _to_hugging_face(model), dtype, limit)
     if tokenizer is not None:
         tokenizer.save(directory)
-    write_weights(directory, _to_hugging_face(model), dtype, max_shard_size)
     write_config(directory, _config_to_hugging_face(model.cfg, tokenizer), dtype)
 
 

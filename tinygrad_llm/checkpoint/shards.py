@@ -108,15 +108,14 @@ def convert(pickle: str) -> str:
 
 
 def write_weights(
-    directory: Path, tensors: Tensors, dtype: np.dtype, max_shard_size: int | str | None = None
+    directory: Path, tensors: Tensors, dtype: np.dtype, limit: int | None = None
 ) -> None:
-    """Replaces the directory's weights by these, in one file or in shards of at most so many bytes
+    """Replaces the directory's weights by these, in one file or in shards of at most `limit` bytes
     (a larger tensor has one of its own).
 
-    Raises ValueError for a size that is none or numbers too large for the dtype, OSError if nothing
-    can be written; the old weights stay then.
+    Raises ValueError for numbers too large for the dtype, OSError if nothing can be written; the
+    old weights stay then.
     """
-    limit = None if max_shard_size is None else size_in_bytes(max_shard_size)
     shards = [dict(tensors)] if limit is None else _split(tensors, dtype, limit)
     if len(shards) == 1:
         new = [WEIGHTS]
@@ -137,8 +136,10 @@ def write_weights(
             (directory / name).unlink(missing_ok=True)
 
 
-def size_in_bytes(size: int | str) -> int:
-    """1000, "500MB", "2 GiB" -> bytes. Raises ValueError."""
+def size_in_bytes(size: int | str | None) -> int | None:
+    """1000, "500MB", "2 GiB" -> bytes; None, which is no limit, stays so. Raises ValueError."""
+    if size is None:
+        return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([a-z]*)", str(size).strip().lower())
     if not match or match[2].upper() not in UNITS or float(match[1]) == 0:
         raise ValueError(f"max_shard_size {size!r}: expected a size such as 500MB or 2GB")
