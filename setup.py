@@ -24,7 +24,7 @@ setup(
         "regex",
         "threadpoolctl>=3",
         "safetensors>=0.4.4",
-        "huggingface_hub>=0.24",
+        "huggingface_hub>=0.30",
         "typer>=0.12",
         "rich>=13",
         "matplotlib>=3.8",
