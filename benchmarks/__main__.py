@@ -1,6 +1,6 @@
 """The command line, from the repository's root:
 
-    python -m benchmarks ops | train | shakespeare | tokenizer | gradcheck | kernels
+    python -m benchmarks ops | train | shakespeare | tokenizer | gradcheck | load | kernels
 
 Each command sets the number of threads first and imports the rest afterwards: see machine.py.
 """
@@ -175,6 +175,27 @@ def gradcheck(
     data["large arrays"], more = measure_sizes(clock)
     settings = {"ops": ", ".join(op or ["all"]), "cases": cases}
     finish(Result("gradcheck", settings, data, [*tables, more], notes), description, save, results)
+
+
+@app.command()
+def load(
+    size: Annotated[str, typer.Option(help="gpt2, gpt2-medium, ...: weights are random.")] = "gpt2",
+    rounds: Rounds = 9,
+    threads: Threads = 1,
+    save: Save = False,
+    results: Results = RESULTS,
+):
+    """Loading a model beside reading its file's bytes, the memory that it takes, and saving."""
+    description = prepare(threads, False, save, results)
+    from tinygrad_llm.gpt import SIZES
+
+    from .loading import measure_size
+
+    if size not in SIZES:
+        fail(f"no size {size}; choose one of {', '.join(SIZES)}")
+    data, table, note = measure_size(size, rounds, threads)
+    settings = {"size": size, "rounds": rounds}
+    finish(Result("load", settings, data, [table], [note]), description, save, results)
 
 
 @app.command()

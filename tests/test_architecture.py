@@ -19,6 +19,7 @@ PARTS = [*ENGINE, *MODEL, "parallel", "train", "finetune", "evaluate", "cli", "_
 MAY_IMPORT = {part: set(PARTS[:i]) for i, part in enumerate(PARTS)}  # what stands before it
 MAY_IMPORT |= {part: may - {"ops"} for part, may in MAY_IMPORT.items() if part not in ENGINE}
 MAY_IMPORT |= {"kernels": set(), "data": {"random"}, "tokenizer": {"data"}, "__init__": {"tensor"}}
+MAY_IMPORT["gpt"] |= {"checkpoint", "tokenizer"}  # from_pretrained, save_pretrained: when called
 MAY_IMPORT |= {"pencil": {"ops"}, "backend": {"ops", "kernels"}}
 PACKAGES = {"ops": set(), "kernels": {"numpy", "cupy", "triton", "ml_dtypes"}}
 PACKAGES |= {part: {"numpy"} for part in [*ENGINE[1:], "nn", "optim", "gpt"]}

@@ -11,11 +11,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are not installed, they run from the repository
 
-from benchmarks import machine  # noqa: E402
+from benchmarks import loading, machine  # noqa: E402
 from benchmarks.measure import Method, Ratio, Spread, Timing, interleaved  # noqa: E402
 from benchmarks.report import Result, Table, duration  # noqa: E402
 from benchmarks.shakespeare import read  # noqa: E402
 from benchmarks.tokenizer import measure_encoding  # noqa: E402
+from tinygrad_llm.gpt import SIZES  # noqa: E402
 from tinygrad_llm.tokenizer import BPETokenizer, TiktokenTokenizer  # noqa: E402
 
 needs_torch = pytest.mark.skipif(not machine.installed("torch"), reason="compares with PyTorch")
@@ -117,6 +118,22 @@ def test_shakespeare_without_its_text(tmp_path):
     assert "TINYGRAD_LLM_DATA" in done.stderr and done.stderr.count("\n") == 1
     with pytest.raises(FileNotFoundError, match="TINYGRAD_LLM_DATA"):
         read(str(tmp_path))
+
+
+def test_load_of_an_unknown_size():
+    done = run("load", "--size", "gpt3")
+    assert done.returncode == 2
+    assert "no size gpt3; choose one of gpt2, " in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_load(tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES, "tiny", {"emb_dim": 64, "n_layers": 2, "n_heads": 2})
+    data, table, note = loading.measure_size("tiny", rounds=2, threads=1)
+    assert [row[0] for row in table.rows] == ["float32", "bfloat16"] == list(data)
+    for found in data.values():
+        assert all(found[name]["seconds"]["best"] > 0 for name in ("read", "load", "save"))
+        assert found["ratio"]["median"] > 0 and found["peak memory over weights"]["load"] >= 1
+    assert "the target is 1.5" in note and "the target is 1.3" in note
 
 
 NOWHERE = dict.fromkeys(

@@ -5,9 +5,11 @@ Letters in shapes: B sequences, T tokens in each, C channels (emb_dim), V token 
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from . import functional as F  # noqa: N812 (PyTorch's name for it)
 from .nn import (
@@ -28,6 +30,9 @@ from .nn.init import constant_, normal_
 from .nn.layers import check_divides, check_probability, check_sizes
 from .random import Generator
 from .tensor import Tensor
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
 
 SIZES = {
     "gpt2": {"emb_dim": 768, "n_layers": 12, "n_heads": 12},
@@ -277,6 +282,32 @@ class GPT(Module):
                 break
         self.tok_emb.num_embeddings = self.out_head.out_features = vocab_size
         self.cfg = replace(self.cfg, vocab_size=vocab_size)
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir: str | Path, dtype: DTypeLike = "float32") -> "GPT":
+        """A GPT-2 with its weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl or owner/name, from
+        Hugging Face, or a directory that `save_pretrained` wrote, ours or transformers'.
+
+        dtype       of the parameters, whatever the files have
+        Pickles are refused. Raises FileNotFoundError, ValueError; see checkpoint.load_model.
+        """
+        from .checkpoint import load_model  # which imports this module
+
+        return load_model(name_or_dir, dtype)
+
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        tokenizer: "Tokenizer | None" = None,
+        dtype: DTypeLike = "float32",
+        max_shard_size: int | str | None = None,
+    ) -> None:
+        """Writes what `from_pretrained` opens, and transformers' GPT2LMHeadModel does; see
+        checkpoint.save_model. max_shard_size: 10**9, "1GB".
+        """
+        from .checkpoint import save_model  # which imports this module
+
+        save_model(self, directory, tokenizer, dtype, max_shard_size)
 
     def num_parameters(self) -> int:
         """How many numbers are trained, shared ones counted once."""

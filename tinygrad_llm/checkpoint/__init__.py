@@ -1,6 +1,17 @@
 """Checkpoints: models in Hugging Face's layout, and training states for exact resumption."""
 
-from .hugging_face import CONFIG, WEIGHTS, load_model, load_tokenizer, save_model
+from .compare import Difference, compare_checkpoints
+from .export import export_checkpoint
+from .hub import find_model
+from .hugging_face import (
+    CONFIG,
+    Checkpoint,
+    load_model,
+    load_tokenizer,
+    open_checkpoint,
+    save_model,
+)
+from .shards import INDEX, WEIGHTS
 from .state import (
     CHECKPOINTS,
     OLD_STATE,
@@ -14,12 +25,19 @@ from .state import (
 __all__ = [
     "CHECKPOINTS",
     "CONFIG",
+    "INDEX",
     "OLD_STATE",
     "WEIGHTS",
+    "Checkpoint",
+    "Difference",
     "checkpoints",
+    "compare_checkpoints",
+    "export_checkpoint",
+    "find_model",
     "load_model",
     "load_tokenizer",
     "load_training_state",
+    "open_checkpoint",
     "save_checkpoint",
     "save_model",
     "save_training_state",

@@ -1,29 +1,39 @@
 """A model as a directory that Hugging Face's transformers opens too, and back.
 
-config.json and model.safetensors are in the layout of transformers' GPT-2, with the tokenizer's
-files beside them. Each file is replaced as a whole: a temporary file, fsync, rename. Nothing is
-ever pickled.
+config.json and the weights are in the layout of transformers' GPT-2, with the tokenizer's files
+beside them. Each file is replaced as a whole: a temporary file, fsync, rename. Nothing is ever
+pickled.
 """
 
 import json
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
+from numpy.typing import DTypeLike
 
 from ..data.files import atomic_write
 from ..gpt import GPT, GPTConfig
 from ..nn import no_init
 from ..tokenizer import Tokenizer, load
-from .tensors import read_tensors
+from .hub import find_model
+from .shards import (
+    Tensors,
+    convert,
+    is_pickle,
+    other_format,
+    read_weights,
+    size_in_bytes,
+    write_weights,
+)
+from .tensors import DTYPES, StoredTensor, copy_tensor, few, line, pieces, read_json, shown
 
 CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
 
 OUR_KEY = "tinygrad_llm"  # in config.json: what transformers has no word for
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 # Our names for modules, and GPT-2's. Its linear layers ("Conv1D") keep their weights as (in, out).
 NAMES = {
@@ -40,6 +50,7 @@ BLOCK_NAMES = {
     "ff.up": "mlp.c_fc",
     "ff.down": "mlp.c_proj",
 }
+TABLE, HEAD = "transformer.wte.weight", "lm_head.weight"
 TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 MASKS = re.compile(r"\.attn\.(bias|masked_bias)$")  # older checkpoints store the causal mask
 
@@ -47,48 +58,112 @@ MASKS = re.compile(r"\.attn\.(bias|masked_bias)$")  # older checkpoints store th
 # --- models ---------------------------------------------------------------------------------------
 
 
-def save_model(model: GPT, directory: str | Path, tokenizer: Tokenizer | None = None) -> None:
-    """Writes config.json, model.safetensors and, if given, the tokenizer's files.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory that holds a GPT-2, looked through without reading its numbers.
+
+    config      config.json, with GPT-2's defaults where it says nothing
+    cfg         the same as ours
+    tensors     what it has of every weight, by transformers' names, in the model's order
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    cfg: GPTConfig
+    tensors: dict[str, StoredTensor]
+
+
+def open_checkpoint(name_or_dir: str | Path) -> Checkpoint:
+    """Looks through a directory that `save_model` or transformers' `save_pretrained` wrote, or a
+    model of Hugging Face, which is downloaded unless it is in its cache.
+
+    Whatever is wrong with the files is found here, before memory is taken. Raises FileNotFoundError
+    if one is missing, ValueError if they hold another kind of model, or tensors that are damaged or
+    do not fit.
+    """
+    directory = find_model(name_or_dir)
+    _must_exist(directory)
+    config = _read_config(directory / CONFIG)
+    stored = _with_full_names(directory, read_weights(directory))
+    try:
+        cfg = _config_from_hugging_face(config)
+        tied = cfg.tie_weights and HEAD not in stored
+        tensors = _fitting(replace(cfg, tie_weights=tied), stored)
+    except ValueError as error:
+        text = f"{directory}: {CONFIG} and the weights make no model: {line(error)}"
+        raise ValueError(text) from None
+    if cfg.tie_weights and not tied and _same(tensors[HEAD], tensors[TABLE]):
+        del tensors[HEAD]
+    elif cfg.tie_weights and not tied:  # transformers, too, believes the numbers
+        cfg, config = replace(cfg, tie_weights=False), {**config, "tie_word_embeddings": False}
+    if not cfg.qkv_bias and _has_qkv_bias(tensors):
+        cfg = replace(cfg, qkv_bias=True)
+    return Checkpoint(directory, config, cfg, tensors)
+
+
+def load_model(name_or_dir: str | Path, dtype: DTypeLike = "float32") -> GPT:
+    """Opens a GPT-2, as `open_checkpoint` finds it, with parameters of this dtype.
+
+    Numbers go from the file's mapped pages straight into the parameters. Raises as open_checkpoint.
+    """
+    checkpoint = open_checkpoint(name_or_dir)
+    with no_init():
+        model = GPT(checkpoint.cfg).to(dtype)
+    for name, array in model.state_dict().items():
+        name = _hugging_face_name(name)
+        copy_tensor(array, checkpoint.tensors[name], bool(TRANSPOSED.search(name)))
+    return model
+
+
+def save_model(
+    model: GPT,
+    directory: str | Path,
+    tokenizer: Tokenizer | None = None,
+    dtype: DTypeLike = "float32",
+    max_shard_size: int | str | None = None,
+) -> None:
+    """Writes config.json, the weights and, if given, the tokenizer's files.
 
     `transformers.GPT2LMHeadModel.from_pretrained(directory)` opens it. The directory is made if
-    needed; other files in it stay as they are. Raises OSError if it cannot be written.
+    needed; other files in it stay as they are. dtype is float32, float16, bfloat16 or float64.
+    With a max_shard_size, such as 10**9 or "1GB", weights that are larger come in several files.
+    Raises ValueError for arguments that are none of these and for numbers that a float16 cannot
+    hold, OSError if nothing can be written: what was there is there still.
     """
+    dtype, limit = weights_dtype(dtype), size_in_bytes(max_shard_size)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    write_weights(directory, _to_hugging_face(model), dtype, limit)
     if tokenizer is not None:
         tokenizer.save(directory)
-    with atomic_write(directory / WEIGHTS) as file:
-        file.write(safetensors.numpy.save(_to_hugging_face(model), {"format": "pt"}))
-    config = _config_to_hugging_face(model.cfg, tokenizer)
+    write_config(directory, _config_to_hugging_face(model.cfg, tokenizer), dtype)
+
+
+def weights_dtype(dtype: DTypeLike) -> np.dtype:
+    """One of the dtypes that weights are written in. Raises ValueError."""
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in DTYPES.values():
+        names = ", ".join(str(known) for known in DTYPES.values())
+        raise ValueError(f"weights cannot be written as {dtype}: expected one of {names}")
+    return found
+
+
+def write_config(directory: Path, config: dict[str, Any], dtype: np.dtype) -> None:
+    """Replaces config.json, with the dtype that the weights beside it have."""
+    config = {**config, "dtype": str(dtype), "torch_dtype": str(dtype)}
     with atomic_write(directory / CONFIG) as file:
         file.write((json.dumps(config, indent=2) + "\n").encode())
 
 
-def load_model(directory: str | Path) -> GPT:
-    """Opens a GPT-2 that `save_model` or transformers' `save_pretrained` wrote, in float32.
-
-    Raises FileNotFoundError if the directory, its config.json or its model.safetensors is missing,
-    ValueError if it holds another kind of model, or tensors that are damaged or do not fit.
-    """
-    directory = Path(directory)
-    _must_exist(directory)
-    config = _read_config(directory / CONFIG)
-    tensors, _ = read_tensors(_weights_file(directory))
-    tensors = _with_full_names(tensors)
-    try:
-        with no_init():
-            model = GPT(_config_from_hugging_face(config, tensors))
-        model.load_state_dict(_from_hugging_face(model, tensors))
-    except ValueError as error:
-        raise ValueError(f"{directory}: {CONFIG} and {WEIGHTS} make no model: {error}") from None
-    return model
-
-
-def load_tokenizer(directory: str | Path, model: GPT) -> Tokenizer:
+def load_tokenizer(name_or_dir: str | Path, model: GPT) -> Tokenizer:
     """The tokenizer saved beside a model.
 
     Raises ValueError if its files are missing or damaged, or if it has ids that the model has not.
     """
+    directory = find_model(name_or_dir)
     tokenizer = load(directory)
     if tokenizer.vocab_size > model.cfg.vocab_size:
         raise ValueError(
@@ -101,25 +176,16 @@ def load_tokenizer(directory: str | Path, model: GPT) -> Tokenizer:
 def _must_exist(directory: Path) -> None:
     if not directory.exists():
         raise FileNotFoundError(f"{directory} does not exist: expected a checkpoint directory")
+    if directory.is_file() and is_pickle(directory.name):
+        raise ValueError(convert(str(directory)))
     if not directory.is_dir():
         raise ValueError(f"{directory} is a file: expected a checkpoint directory")
     if not (directory / CONFIG).exists():
+        if complaint := other_format(directory):
+            raise ValueError(complaint)
         raise FileNotFoundError(
             f"{directory} has no {CONFIG}: expected a checkpoint directory, as training makes it"
         )
-
-
-def _weights_file(directory: Path) -> Path:
-    path = directory / WEIGHTS
-    pickles = [found.name for pattern in PICKLES for found in directory.glob(pattern)]
-    if not path.exists() and pickles:
-        raise ValueError(
-            f"{directory} has no {WEIGHTS}, and {pickles[0]} is a pickle, which can run any code "
-            "when opened: load it with transformers and use save_pretrained to convert it"
-        )
-    if not path.exists():
-        raise FileNotFoundError(f"{directory} has no {WEIGHTS}: the checkpoint is incomplete")
-    return path
 
 
 # --- config.json ----------------------------------------------------------------------------------
@@ -144,29 +210,29 @@ def _config_to_hugging_face(cfg: GPTConfig, tokenizer: Tokenizer | None) -> dict
         "tie_word_embeddings": cfg.tie_weights,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
-        "dtype": "float32",
-        "torch_dtype": "float32",
         OUR_KEY: {"qkv_bias": cfg.qkv_bias},
     }
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     """config.json with GPT-2's defaults filled in, checked to be a model that our GPT can be."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # UTF-8 or JSON
-        raise ValueError(f"{path} is no valid JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("model_type") != "gpt2":
-        kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{path} is of model_type {kind!r}: expected 'gpt2'")
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a JSON {type(config).__name__}: expected an object")
+    if config.get("model_type") != "gpt2":
+        kind = shown(config.get("model_type"))
+        raise ValueError(f"{path} is of model_type {kind}: expected 'gpt2'")
     for name in ("vocab_size", "n_embd", "n_head", "n_layer"):
         if type(config.get(name)) is not int:
-            raise ValueError(f"{path} has {name} {config.get(name)!r}: expected an integer")
-    if not isinstance(config.get(OUR_KEY, {}), dict):
-        raise ValueError(f"{path} has {OUR_KEY} {config[OUR_KEY]!r}: expected an object")
+            found = shown(config.get(name))
+            raise ValueError(f"{path} has {name} {found}: expected an integer")
+    ours = config.get(OUR_KEY, {})
+    if not isinstance(ours, dict):
+        raise ValueError(f"{path} has {OUR_KEY} {shown(ours)}: expected an object")
     for name, expected in _expected_settings(config).items():
         if config.get(name, expected[0]) not in expected:
-            raise ValueError(f"{path} has {name} {config[name]!r}: supported is {expected[0]!r}")
+            found = shown(config[name])
+            raise ValueError(f"{path} has {name} {found}: supported is {expected[0]!r}")
     rates = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.1)
     return {"n_positions": config.get("n_ctx", 1024), **rates, **config}
 
@@ -183,11 +249,8 @@ def _expected_settings(config: dict[str, Any]) -> dict[str, list]:
     }
 
 
-def _config_from_hugging_face(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> GPTConfig:
+def _config_from_hugging_face(config: dict[str, Any]) -> GPTConfig:
     """Raises ValueError for numbers that make no GPT."""
-    had_bias = config.get(OUR_KEY, {}).get("qkv_bias", True)
-    # Saved without these biases, they are zeros, unless another program has trained them since.
-    biases = (tensor for name, tensor in tensors.items() if name.endswith("attn.c_attn.bias"))
     drop_rate = config["resid_pdrop"]
     rates = {"drop_rate_emb": config["embd_pdrop"], "drop_rate_attn": config["attn_pdrop"]}
     return GPTConfig(
@@ -198,9 +261,14 @@ def _config_from_hugging_face(config: dict[str, Any], tensors: dict[str, np.ndar
         n_layers=config["n_layer"],
         drop_rate=drop_rate,
         **{name: rate for name, rate in rates.items() if rate != drop_rate},
-        qkv_bias=had_bias or any(bias.any() for bias in biases),
+        qkv_bias=config.get(OUR_KEY, {}).get("qkv_bias", True),
         tie_weights=config.get("tie_word_embeddings", True),
     )
+
+
+def _has_qkv_bias(tensors: dict[str, StoredTensor]) -> bool:
+    """Saved of a model without these biases they are zeros, unless another program trained them."""
+    return any(t[:].any() for name, t in tensors.items() if name.endswith("attn.c_attn.bias"))
 
 
 # --- names and tensors ----------------------------------------------------------------------------
@@ -215,17 +283,12 @@ def _hugging_face_name(name: str) -> str:
     return f"transformer.h.{number}.{BLOCK_NAMES[module]}.{kind}"
 
 
-def _oriented(name: str, array: np.ndarray) -> np.ndarray:
-    """From our orientation to GPT-2's, or back: linear weights are transposed."""
-    return array.T if TRANSPOSED.search(name) else array
-
-
-def _to_hugging_face(model: GPT) -> dict[str, np.ndarray]:
-    """GPT-2's tensors by name, contiguous, as safetensors needs them; a tied head comes once."""
+def _to_hugging_face(model: GPT) -> Tensors:
+    """GPT-2's tensors by name, as views; a tied head comes once."""
     tensors = {}
     for name, array in model.state_dict().items():
         name = _hugging_face_name(name)
-        tensors[name] = np.ascontiguousarray(_oriented(name, array))
+        tensors[name] = array.T if TRANSPOSED.search(name) else array
     if not model.cfg.qkv_bias:  # GPT-2 always has these
         for i in range(model.cfg.n_layers):
             bias = np.zeros(3 * model.cfg.emb_dim, np.float32)
@@ -233,23 +296,73 @@ def _to_hugging_face(model: GPT) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _with_full_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _shapes(cfg: GPTConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor that GPT2LMHeadModel saves of such a model, and its shape."""
+    C = cfg.emb_dim
+    block = {
+        "ln_1": (C,),
+        "attn.c_attn": (C, 3 * C),
+        "attn.c_proj": (C, C),
+        "ln_2": (C,),
+        "mlp.c_fc": (C, 4 * C),
+        "mlp.c_proj": (4 * C, C),
+    }
+    yield TABLE, (cfg.vocab_size, C)
+    yield "transformer.wpe.weight", (cfg.context_length, C)
+    for i in range(cfg.n_layers):
+        for name, shape in block.items():
+            yield f"transformer.h.{i}.{name}.weight", shape
+            yield f"transformer.h.{i}.{name}.bias", shape[-1:]
+    yield "transformer.ln_f.weight", (C,)
+    yield "transformer.ln_f.bias", (C,)
+    if not cfg.tie_weights:
+        yield HEAD, (cfg.vocab_size, C)
+
+
+def _with_full_names(directory: Path, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """As GPT2LMHeadModel names them: GPT2Model leaves the prefix out, and masks are no weights."""
     full = {}
-    for name, array in tensors.items():
+    for name, tensor in tensors.items():
         if not name.startswith(("transformer.", "lm_head.")):
             name = "transformer." + name
+        if name in full:
+            raise ValueError(f"{directory} has {few([name])} twice, with and without its prefix")
         if not MASKS.search(name):
-            full[name] = array
+            full[name] = tensor
     return full
 
 
-def _from_hugging_face(model: GPT, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Our state_dict. Names that the model does not have stay as they are, to be refused."""
-    tensors = dict(tensors)
-    if model.cfg.tie_weights:
-        tensors.pop("lm_head.weight", None)
-    if not model.cfg.qkv_bias:
-        tensors = {n: t for n, t in tensors.items() if not n.endswith("attn.c_attn.bias")}
-    ours = {_hugging_face_name(name): name for name in model.state_dict()}
-    return {ours.get(name, name): _oriented(name, array) for name, array in tensors.items()}
+def _fitting(cfg: GPTConfig, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The model's tensors, in its order. Raises ValueError if they are not just these."""
+    if cfg.n_layers > len(stored):  # and not a list of millions of missing names
+        raise ValueError(f"n_layer is {cfg.n_layers}, with {len(stored)} tensors in all")
+    shapes = dict(_shapes(cfg))
+    problems = []
+    if missing := [name for name in shapes if name not in stored]:
+        problems.append(f"missing {few(missing)}")
+    if unexpected := [name for name in stored if name not in shapes]:
+        problems.append(f"unexpected {few(unexpected)}")
+    for name in shapes:
+        if name in stored:
+            problems += _unfit(name, shapes[name], stored[name])
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError("; ".join(problems[:3]) + more)
+    return {name: stored[name] for name in shapes}
+
+
+def _unfit(name, shape, tensor):
+    """What is wrong with a tensor: a list of one text, or of none."""
+    if tensor.kind not in DTYPES:
+        known = ", ".join(map(str, DTYPES.values()))
+        return [f"{name} has dtype {shown(tensor.kind)}, expected one of {known}"]
+    if tensor.shape != shape:
+        return [f"{name} has shape {shown(tensor.shape)}, expected {shape}"]
+    return []
+
+
+def _same(a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether two tensors of one shape are equal to the bit."""
+    return a.kind == b.kind and all(
+        np.array_equal(a[rows].view(np.uint8), b[rows].view(np.uint8)) for rows in pieces(a)
+    )

@@ -12,12 +12,13 @@ import typer
 from .check import check
 from .data import data
 from .errors import UsageError, UserError, described
+from .export import export
 from .generate import generate
 from .info import info
 from .screen import PROGRAM
 from .train import train
 
-COMMANDS = [train, generate, info, check]  # in the order of --help
+COMMANDS = [train, generate, info, export, check]  # in the order of --help
 
 app = typer.Typer(
     add_completion=False,

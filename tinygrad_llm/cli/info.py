@@ -1,22 +1,23 @@
-"""`tinygrad-llm info`: what a GPT consists of, and the memory that it takes."""
+"""`tinygrad-llm info`: what a GPT consists of and the memory that it takes, without loading it."""
 
 import json
-from dataclasses import replace
+from collections import Counter
+from dataclasses import asdict, replace
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..checkpoint import load_model
+from ..checkpoint import Checkpoint, compare_checkpoints, open_checkpoint
 from ..gpt import SIZES, GPTConfig
 from .errors import UserError, user_input
 
 Size = StrEnum("Size", list(SIZES))
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 STATE = 4 * 4  # bytes that training keeps for a parameter: itself, its gradient, AdamW's two means
+QUERIES = 128  # that attention's kernel takes at a time: with a causal mask, up to so many too many
 
 
 def info(
@@ -24,26 +25,38 @@ def info(
         Size | None, typer.Option(help="One of OpenAI's sizes; gpt2 if nothing is said.")
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A directory that `train` has made.")
+        str | None,
+        typer.Option(metavar="DIR", help="A checkpoint, or the name of one on Hugging Face."),
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Another: what differs. Exit code 1 if anything does."),
     ] = None,
     qkv_bias: Annotated[
         bool, typer.Option(help="With biases on q, k and v, as OpenAI's weights have them.")
     ] = False,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Sequences of full length, for the memory of training.")
+    ] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> int:
-    """What a GPT's parameters are, and the memory that they take."""
+    """What a GPT's parameters are, and the memory that they take; or how two checkpoints differ."""
     if size and model:
         raise UserError("--size names a model to come, --model one that is there: give one of them")
-    if model:
-        with user_input():
-            cfg = load_model(model).cfg
-    else:
-        cfg = GPTConfig.from_name(size or Size.gpt2, qkv_bias=qkv_bias)
-    counts = counted(cfg)
+    if compare and not model:
+        raise UserError("--compare says how a checkpoint differs from another: give --model, too")
+    with user_input():
+        checkpoint = open_checkpoint(model) if model else None
+        if compare:
+            return _compare(checkpoint, open_checkpoint(compare), as_json)
+    cfg = checkpoint.cfg if model else GPTConfig.from_name(size or Size.gpt2, qkv_bias=qkv_bias)
+    found = {**counted(cfg), "memory": memory(cfg, batch_size)}
+    if checkpoint:
+        found["stored"] = stored(checkpoint)
     if as_json:
-        print(json.dumps({"config": cfg.to_dict(), **counts}, indent=1))
+        print(json.dumps({"config": cfg.to_dict(), **found}, indent=1))
     else:
-        _show(cfg, counts, model or size or Size.gpt2)
+        _show(cfg, found, model or size or Size.gpt2)
     return 0
 
 
@@ -54,20 +67,98 @@ def counted(cfg: GPTConfig) -> dict:
     return {"parts": cfg.parameter_counts(), **totals}
 
 
-def _show(cfg, counts, name):
+def memory(cfg: GPTConfig, batch_size: int) -> dict:
+    """Bytes in float32: of the weights, of what training adds and of what generation adds."""
+    n, T, token = cfg.num_parameters(), cfg.context_length, 2 * 4 * cfg.n_layers * cfg.emb_dim
+    training = {
+        "batch_size": batch_size,
+        "parameters": STATE * n,
+        "activations": 4 * kept_numbers(cfg) * batch_size * T,
+    }
+    generation = {"weights": 4 * n, "cache_per_token": token, "cache_full_context": token * T}
+    return {"training": training, "generation": generation}
+
+
+def kept_numbers(cfg: GPTConfig) -> int:
+    """Numbers that a forward pass keeps of each token of a full context, for the backward pass.
+
+    In a block, in units of the width C: two norms with x̂ and y (4), q, k and v (3), what attention
+    gives and its projection (2), the feed-forward layer's 4 C before GELU, its tanh and after it
+    (12), and the layer's projection (1), two sums (2). And each head's probabilities.
+    """
+    C, T, H = cfg.emb_dim, cfg.context_length, cfg.n_heads
+    block = 24 * C + H * (T if T <= QUERIES else (T + QUERIES) // 2)
+    if cfg.dropout("shortcut"):
+        block += 4 * C  # two masks, two products
+    if cfg.dropout("attn"):
+        block += H * T  # a mask
+    ends = 4 * C + (2 * C if cfg.dropout("emb") else 0) + 2 * cfg.vocab_size
+    return cfg.n_layers * block + ends
+
+
+def stored(checkpoint: Checkpoint) -> dict:
+    """The checkpoint's files with their sizes, and how many tensors have which dtype."""
+    tensors = checkpoint.tensors.values()
+    files = {path.name: path.stat().st_size for path in sorted({t.path for t in tensors})}
+    return {
+        "files": files,
+        "tensors": len(tensors),
+        "dtypes": dict(Counter(str(tensor.dtype) for tensor in tensors)),
+    }
+
+
+def _show(cfg, found, name):
     table = Table(title=f"{name}: {', '.join(f'{k} {v}' for k, v in cfg.to_dict().items())}")
     for column in ("part", "parameters", "MiB in float32"):
         table.add_column(column, justify="left" if column == "part" else "right")
-    rows = list(counts["parts"].items())
-    rows += [("all, with a head of its own", counts["untied"])]
-    rows += [("all, with the token table as the head", counts["tied"])]
+    rows = list(found["parts"].items())
+    rows += [("all, with a head of its own", found["untied"])]
+    rows += [("all, with the token table as the head", found["tied"])]
     for part, n in rows:
         table.add_row(part, f"{n:,}", f"{4 * n / MIB:.2f}")
     console = Console(highlight=False)
     console.print(table)
-    n = counts["tied" if cfg.tie_weights else "untied"]
-    console.print(
+    training, generation = found["memory"]["training"], found["memory"]["generation"]
+    lines = [
         f"Training keeps {STATE} bytes for each parameter (itself, its gradient, AdamW's two "
-        f"means): {n * STATE / 2**30:.2f} GiB, and what a batch needs.",
-        soft_wrap=True,
-    )
+        f"means): {training['parameters'] / GIB:.2f} GiB, and {training['activations'] / GIB:.2f} "
+        f"GiB for the backward pass of a batch of {training['batch_size']} x {cfg.context_length}.",
+        f"Generation takes {generation['weights'] / GIB:.2f} GiB, and for each sequence a cache of "
+        f"{generation['cache_per_token'] / 2**10:.0f} KiB a token: "
+        f"{generation['cache_full_context'] / MIB:.0f} MiB for {cfg.context_length}.",
+    ]
+    if "stored" in found:
+        files = found["stored"]["files"]
+        dtypes = " and ".join(f"{n} in {dtype}" for dtype, n in found["stored"]["dtypes"].items())
+        some = next(iter(files)) if len(files) == 1 else f"{len(files)} shards"
+        lines += [f"On disk: {sum(files.values()) / MIB:.2f} MiB in {some}, {dtypes} tensors."]
+    for text in lines:
+        console.print(text, soft_wrap=True, markup=False)
+
+
+def _compare(a, b, as_json):
+    """Says how they differ: 0 if not at all, else 1."""
+    settings, tensors = compare_checkpoints(a, b)
+    if as_json:
+        tensors = {name: asdict(difference) for name, difference in tensors.items()}
+        print(json.dumps({"config": settings, "tensors": tensors}, indent=1))
+        return int(bool(settings or tensors))
+    console = Console(highlight=False)
+    for name, (ours, theirs) in settings.items():
+        console.print(f"{name}: {ours} and {theirs}", soft_wrap=True, markup=False)
+    if not settings:
+        console.print("The configurations are equal.")
+    if not tensors:
+        console.print(f"All {len(a.tensors)} tensors are equal.")
+        return int(bool(settings))
+    table = Table(title=f"{len(tensors)} of {len(a.tensors)} tensors differ")
+    for column in ("tensor", "largest |a - b|", "over largest |a|"):
+        table.add_column(column, justify="left" if column == "tensor" else "right")
+    for name, difference in tensors.items():
+        if difference.largest is None:
+            first, second = (shape or "missing" for shape in difference.shapes)
+            table.add_row(name, f"{first}", f"{second}")
+        else:
+            table.add_row(name, f"{difference.largest:.3g}", f"{difference.relative:.3g}")
+    console.print(table)
+    return 1
