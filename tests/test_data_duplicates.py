@@ -20,7 +20,7 @@ from tinygrad_llm.data import (
     perplexity_outliers,
     shingles,
 )
-from tinygrad_llm.data.duplicates import MISSED, band_keys, band_rows
+from tinygrad_llm.data.duplicates import MISSED, WORD, band_keys, band_rows
 
 WORDS = [f"word{i}" for i in range(500)]
 
@@ -43,7 +43,11 @@ def test_shingles():
     assert shingles("A  b, c!", k=2).tolist() == shingles("a b c", k=2).tolist()
     assert shingles("a b", k=8).tolist() == shingles("a b", k=2).tolist()  # too short: one
     assert shingles("a b c", 3).tolist() != shingles("c b a", 3).tolist()
-    assert len(shingles("", 3)) == len(shingles("...", 3)) == 0
+    assert len(shingles("", 3)) == len(shingles(" \n", 3)) == 0
+    assert len(shingles("日本語の本", 2)) == 4  # characters, where words have no spaces
+    assert len(shingles("GPTは本", 1)) == 3
+    assert shingles(":) !", 2).tolist() == shingles(":)!", 2).tolist()  # no words: characters
+    assert shingles("a :)", 2).tolist() == shingles("a", 2).tolist()
     assert len(shingles(np.arange(100, dtype=np.uint16), 8)) == 93  # token ids
     assert np.all(np.diff(shingles(range(100), 1).astype(object)) > 0)  # sorted, no two equal
 
@@ -79,7 +83,7 @@ def test_signature_is_of_the_set(text, k):
     assert signature.shape == (16,) and signature.dtype == np.uint32
     assert (signature == MinHash(permutations=16, k=k).signature(text)).all()
     longer = minhash.signature(text + " and some more words to make it longer")
-    if len(shingles(text, k)) and len(shingles(text, 1)) >= k:
+    if WORD.search(text) and len(shingles(text, 1)) >= k:
         assert (longer <= signature).all()  # a greater set has no greater minimum
 
 
@@ -117,6 +121,27 @@ def test_near_duplicates_are_found():
     kept = deduplicate([*texts, " ".join(changed), texts[3].upper()])
     assert kept == texts
     assert deduplicate(text for text in [*texts, texts[0]]) == texts  # read once, too
+
+
+@pytest.mark.parametrize(
+    "texts", [[":)", "!!!", "???", "hello"], ["😀", "🚀", "😀🚀"], ["日本", "本日"], ["ไทย", "ลาว"]]
+)
+def test_no_text_is_a_copy_for_want_of_words(texts):
+    assert deduplicate(texts) == texts
+    assert deduplicate([*texts, *texts]) == texts
+    assert deduplicate([*texts, "", " "]) == [*texts, ""]
+
+
+LONG = {
+    "Japanese": "吾輩は猫である名前はまだ無いどこで生れたかとんと見当がつかぬ" * 3,
+    "Chinese": "学而时习之不亦说乎有朋自远方来不亦乐乎人不知而不愠不亦君子乎" * 3,
+    "Thai": "กาลครั้งหนึ่งนานมาแล้วมีชายคนหนึ่งอาศัยอยู่ในป่าใหญ่" * 2,
+}
+
+
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+def test_texts_without_spaces_are_compared_by_their_characters(text):
+    assert near_duplicates([text, text[:-2], text[::-1]], threshold=0.7).tolist() == [0, 0, 2]
 
 
 @pytest.mark.parametrize("permutations", [128, 127, 30])  # a power of two, a prime, neither

@@ -81,6 +81,8 @@ def test_bad_input():
         with pytest.raises(ValueError, match="weights must be one number"):
             mixture_probabilities(weights)
     rng = random.Generator(0)
+    with pytest.raises(TypeError, match="or one of NumPy's, or None for the default one, not 7"):
+        MixedBatches([range(9)], 1, 5, 7)
     with pytest.raises(ValueError, match="no corpus to mix"):
         MixedBatches([], 1, 1, rng)
     with pytest.raises(ValueError, match="need 6 tokens, but there are only 5"):

@@ -68,6 +68,18 @@ def test_loader_goes_through_the_rows():
     assert segments.tolist() == packed.segments[2:4].tolist()
 
 
+def test_one_row():
+    packed = pack([range(50)], 10, split=True)
+    for index in (0, 4, -1, np.int64(2)):
+        parts = packed[index]
+        assert [part.tolist() for part in parts] == [p[0].tolist() for p in packed.batch([index])]
+    assert len(list(packed)) == len(packed)
+    with pytest.raises(IndexError):
+        packed[5]
+    with pytest.raises(TypeError, match="integer"):
+        packed[1.0]
+
+
 def test_mask():
     mask = segment_mask([[0, 0, 1, 1, 0]])  # a run of equal numbers is a segment
     assert mask.shape == (1, 1, 5, 5) and mask.dtype == bool
@@ -149,5 +161,8 @@ def test_bad_input():
             pack(nothing, 4)
     with pytest.raises(ValueError, match="document 1 has 6 tokens, a row of max_length 4 takes 5"):
         pack([[1, 2], range(6)], 4)
+    for text in (["ab"], "ab"):
+        with pytest.raises(TypeError, match="got a text: give tokenizer"):
+            pack(text, 4)
     with pytest.raises(TypeError, match="encode the text first"):
         pack([list("text")], 4)

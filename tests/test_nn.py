@@ -272,6 +272,34 @@ def test_embedding_is_a_lookup_and_its_gradient_adds_up():
     assert np.allclose(table(ids).data, one_hot @ table.weight.data)
 
 
+def test_no_ids_have_no_embeddings():
+    for nothing in ([], np.zeros(0, np.int64), Tensor([])):
+        assert nn.Embedding(3, 2)(nothing).shape == (0, 2)
+    with pytest.raises(TypeError, match="takes integers, not float64"):
+        nn.Embedding(3, 2)([0.0])
+
+
+CAUSAL_WEIGHTS = [
+    steps.causal_weights_by_renormalising,
+    steps.causal_weights_by_filling,
+    steps.causal_weights_by_adding,
+]
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint8", "bool", "float16", "float32", "float64"])
+@pytest.mark.parametrize("weights", CAUSAL_WEIGHTS)
+def test_causal_weights(torch, weights, dtype):
+    scores = abs(4 * normal(5, 5)).astype(dtype)
+    given = scores.dtype if scores.dtype.kind == "f" else np.float32
+    hidden = torch.tensor(scores.astype(float)).masked_fill(
+        torch.ones(5, 5).triu(1).bool(), -torch.inf
+    )
+    found = weights(Tensor(scores))
+    assert found.dtype == given
+    expected = torch.softmax(hidden, -1).numpy()
+    np.testing.assert_allclose(found.data, expected, atol=8 * np.finfo(given).eps)
+
+
 def test_bce_loss_is_pytorchs(torch):
     p, t = 1 / (1 + np.exp(-normal(5, 1))), normal(5, 1, seed=1) > 0
     ours, theirs = Tensor(p, requires_grad=True), torch.tensor(p, requires_grad=True)
@@ -477,7 +505,32 @@ def test_arguments_are_checked(make, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+GENERATORS = {
+    "rand": lambda g: random.rand(2, generator=g),
+    "randint": lambda g: random.randint(5, (2,), generator=g),
+    "F.dropout": lambda g: F.dropout(Tensor(np.ones(2)), 0.5, generator=g),
+    "Linear": lambda g: nn.Linear(2, 3, generator=g),
+    "Embedding": lambda g: nn.Embedding(2, 3, generator=g),
+    "Dropout": lambda g: nn.Dropout(0.5, generator=g),
+    "SelfAttentionV1": lambda g: steps.SelfAttentionV1(2, 3, generator=g),
+    "TransformerBlock": lambda g: nn.TransformerBlock(8, 2, 4, generator=g),
+}
+
+
+@pytest.mark.parametrize("make", GENERATORS.values(), ids=GENERATORS)
+def test_what_is_no_generator(make):
+    for wrong in (0, 7, np.random.default_rng(0)):
+        with pytest.raises(
+            TypeError, match=r"^a generator is a tinygrad_llm\.random\.Generator, or"
+        ):
+            make(wrong)
+    make(None)
+
+
 def test_inputs_that_do_not_fit():
+    for make in STEPS[:-1]:
+        with pytest.raises(TypeError, match=r"x is a Tensor, not list: make one with tensor\(x\)"):
+            make()([[1.0, 2.0, 3.0]])
     with pytest.raises(ValueError, match=r"x \(2, 5\), weight \(4, 3\)"):
         nn.Linear(3, 4)(Tensor(normal(2, 5)))
     with pytest.raises(ValueError, match=r"7 tokens exceed context_length 6; keep the last 6"):

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinygrad_llm import random
+from tinygrad_llm import Tensor, random
 from tinygrad_llm.random import Generator
 
 SEEDS = st.integers(0, 2**40)
@@ -210,7 +210,12 @@ def test_nothing_and_one_in_random_order():
     "call, error, message",
     [
         (lambda: Generator().integers(3, 3, 1), ValueError, "no integer from 3 to below 3"),
-        (lambda: random.randint(0, 2.5, 3), TypeError, "cannot be interpreted as an integer"),
+        (lambda: random.randint(0, 2.5, (3,)), TypeError, "cannot be interpreted as an integer"),
+        (lambda: random.randint(1, 10), TypeError, r"the size is a tuple, such as \(3,\), not 10"),
+        (lambda: random.randint(1, 10, 5), TypeError, r"the size is a tuple, .* not 5"),
+        (lambda: random.normal(Tensor([0.0, 1.0]), 1, 2), TypeError, "mean is one number, .* Tens"),
+        (lambda: random.normal(0, np.ones(2), 2), TypeError, "std is one number, .* not ndarray"),
+        (lambda: random.uniform("a", 1, 2), TypeError, "low is one number, .* not str"),
         (lambda: random.randperm(-1), ValueError, "integers of 0 and more, not -1"),
         (lambda: random.rand(2.0), ValueError, "a shape is made of integers .* not 2.0"),
         (lambda: random.randn((2, -1)), ValueError, r"integers of 0 and more, not \(2, -1\)"),

@@ -8,6 +8,7 @@ that the loss is that of the documents one by one.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from operator import index as as_int
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -33,6 +34,11 @@ class Packed:
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """inputs, targets, segments of one row, each (T,): views, not copies."""
+        index = as_int(index)
+        return self.inputs[index], self.targets[index], self.segments[index]
 
     def batch(self, indices: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """inputs, targets, segments of these rows, each (len(indices), T): what GPT.loss takes."""

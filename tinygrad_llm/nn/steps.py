@@ -19,8 +19,7 @@ import math
 import numpy as np
 
 from .. import functional as F  # noqa: N812 (PyTorch's name for it)
-from .. import random
-from ..random import Generator
+from ..random import Generator, or_default
 from ..tensor import Tensor
 from .attention import check_tokens
 from .layers import Dropout, Linear, check_sizes
@@ -31,7 +30,7 @@ class SimpleSelfAttention(Module):
     """Every token becomes a mean of all of them, weighted by likeness.  (..., T, d) -> the same"""
 
     def forward(self, x: Tensor) -> Tensor:
-        check_tokens("SimpleSelfAttention", x)
+        _check_tokens("SimpleSelfAttention", x)
         scores = x @ x.mT  # (..., T, T)
         return F.softmax(scores) @ x  # (..., T, d)
 
@@ -46,13 +45,13 @@ class SelfAttentionV1(Module):
 
     def __init__(self, d_in: int, d_out: int, generator: Generator | None = None):
         check_sizes("SelfAttentionV1", d_in=d_in, d_out=d_out)
-        generator = generator or random.default_generator
+        generator = or_default(generator)
         self.W_query, self.W_key, self.W_value = (
             Parameter(generator.uniform(0.0, 1.0, (d_in, d_out))) for _ in range(3)
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        check_tokens("SelfAttentionV1", x)
+        _check_tokens("SelfAttentionV1", x)
         q, k, v = x @ self.W_query, x @ self.W_key, x @ self.W_value  # 3 of (..., T, d_out)
         scores = q @ k.mT  # (..., T, T)
         weights = F.softmax(scores / math.sqrt(k.shape[-1]))
@@ -70,7 +69,7 @@ class SelfAttentionV2(Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        check_tokens("SelfAttentionV2", x)
+        _check_tokens("SelfAttentionV2", x)
         q, k, v = self.W_query(x), self.W_key(x), self.W_value(x)  # 3 of (..., T, d_out)
         scores = q @ k.mT  # (..., T, T)
         weights = F.softmax(scores / math.sqrt(k.shape[-1]))
@@ -101,7 +100,7 @@ class CausalAttention(Module):
         self.later = np.triu(np.ones((context_length, context_length), bool), k=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        T = check_tokens("CausalAttention", x, len(self.later))
+        T = _check_tokens("CausalAttention", x, len(self.later))
         q, k, v = self.W_query(x), self.W_key(x), self.W_value(x)  # 3 of (..., T, d_out)
         scores = q @ k.mT  # (..., T, T)
         scores = F.where(self.later[:T, :T], -math.inf, scores)
@@ -132,7 +131,14 @@ class MultiHeadAttentionWrapper(Module):
         return F.concat([head(x) for head in self.heads], axis=-1)
 
 
+def _check_tokens(owner, x, longest=math.inf):
+    if not isinstance(x, Tensor | np.ndarray):
+        raise TypeError(f"{owner}: x is a Tensor, not {type(x).__name__}: make one with tensor(x)")
+    return check_tokens(owner, x, longest)
+
+
 # --- three ways to hide what comes later, with the same weights ---------------------------------
+# Scores may be integers, too: 1.0 * scores are floats, of the same dtype if they were floats.
 
 
 def causal_weights_by_renormalising(scores: Tensor) -> Tensor:
@@ -140,7 +146,7 @@ def causal_weights_by_renormalising(scores: Tensor) -> Tensor:
 
     For scores so far apart that what remains of a row has vanished, it divides by 0.
     """
-    weights = F.softmax(scores).tril()
+    weights = F.softmax(1.0 * scores).tril()
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
@@ -154,5 +160,6 @@ def causal_weights_by_filling(scores: Tensor) -> Tensor:
 
 def causal_weights_by_adding(scores: Tensor) -> Tensor:
     """A bias of 0 and -∞ is added, as attention kernels take it.  (T, T) -> (T, T)"""
+    scores = 1.0 * scores
     bias = np.where(np.triu(np.ones(scores.shape, bool), k=1), -math.inf, 0.0)
     return F.softmax(scores + Tensor(bias.astype(scores.dtype)))
