@@ -87,12 +87,8 @@ class Generator:
         drawn again. Fewer are made one by one, each pair of two float64 u, u': with
         r = √(-2 log(1 - u')), r cos 2πu is the number, and r sin 2πu the next one.
         """
-        dtype, shape, mean, std = (
-            _float(dtype),
-            _shape(shape),
-            _number("mean", mean),
-            _number("std", std),
-        )
+        dtype, shape = _float(dtype), _shape(shape)
+        mean, std = _number("mean", mean), _number("std", std)
         if not std >= 0:
             raise ValueError(f"a standard deviation is 0 or more, not {std}")
         n = math.prod(shape)
