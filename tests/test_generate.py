@@ -25,7 +25,7 @@ class Fixed(Module):
 
     def __init__(self, logits, context_length=100):
         self.logits = np.asarray(logits, np.float32)
-        self.cfg = SimpleNamespace(context_length=context_length)
+        self.cfg = SimpleNamespace(context_length=context_length, vocab_size=self.logits.size)
         self.seen = []
 
     def forward(self, ids):
@@ -99,7 +99,9 @@ def test_temperature_and_top_k_give_these_frequencies():
     np.testing.assert_allclose(frequencies(top_k=2), [0.625, 0.375, 0, 0], atol=0.015)
     squares = np.array([0.5, 0.3, 0.15, 0.05]) ** 2
     np.testing.assert_allclose(frequencies(temperature=0.5), squares / squares.sum(), atol=0.015)
-    np.testing.assert_allclose(frequencies(top_k=99), [0.5, 0.3, 0.15, 0.05], atol=0.015)
+    np.testing.assert_allclose(frequencies(top_k=4), [0.5, 0.3, 0.15, 0.05], atol=0.015)
+    np.testing.assert_allclose(frequencies(top_p=0.7), [0.625, 0.375, 0, 0], atol=0.015)
+    np.testing.assert_allclose(frequencies(min_p=0.5), [0.625, 0.375, 0, 0], atol=0.015)
     assert frequencies(temperature=1e-300) == [1, 0, 0, 0]
     assert frequencies(top_k=1, temperature=9.0) == [1, 0, 0, 0]
 
@@ -141,6 +143,22 @@ def test_no_new_tokens_is_fine(model):
             "temperature must be a number from 0 on, got nan",
         ),
         ([[1]], {"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
+        (
+            [[1]],
+            {"top_k": 12},
+            ValueError,
+            "top_k must be at most 11, the number of tokens, got 12",
+        ),
+        ([[1]], {"top_k": 8, "vocab_size": 7}, ValueError, "top_k must be at most 7"),
+        ([[1]], {"vocab_size": 12}, ValueError, "vocab_size 12 is more than the model's 11"),
+        ([[1]], {"vocab_size": 0}, ValueError, "vocab_size must be at least 1, got 0"),
+        ([[1]], {"top_p": 0}, ValueError, "top_p must be above 0 and at most 1, got 0"),
+        ([[1]], {"top_p": 1.01}, ValueError, "top_p must be above 0 and at most 1, got 1.01"),
+        ([[1]], {"min_p": -0.1}, ValueError, "min_p must be a number from 0 to 1, got -0.1"),
+        ([[1]], {"min_p": float("nan")}, ValueError, "min_p must be a number from 0 to 1, got nan"),
+        ([[1]], {"repetition_penalty": 0}, ValueError, "repetition_penalty must be .* above 0"),
+        ([[1]], {"stop_id": 11}, ValueError, r"stop_id 11 is no token: ids are 0\.\.10"),
+        ([[1]], {"stop_id": [3, -1]}, ValueError, "stop_id -1 is no token"),
         ([[1]], {"max_new_tokens": -1}, ValueError, "max_new_tokens must be 0 or more, got -1"),
         ([[]], {}, ValueError, "the prompt is empty"),
         ([[[1]]], {}, ValueError, r"shape \(T,\) or \(B, T\), not \(1, 1, 1\)"),
