@@ -49,11 +49,10 @@ def drawable(model: Any, vocab_size: int | None) -> int:
 
 def stop_ids(stop_id: int | Iterable[int] | None, vocab_size: int) -> np.ndarray:
     """None, one or several as an array. Raises ValueError for one that can never be drawn."""
-    stops = (
-        [stop_id]
-        if isinstance(stop_id, int | np.integer)
-        else list(() if stop_id is None else stop_id)
-    )
+    if stop_id is None:
+        stops = []
+    else:
+        stops = [stop_id] if isinstance(stop_id, int | np.integer) else list(stop_id)
     for stop in stops:
         if not (isinstance(stop, int | np.integer) and 0 <= stop < vocab_size):
             raise ValueError(f"stop_id {stop!r} is no token: ids are 0..{vocab_size - 1}")
