@@ -296,6 +296,7 @@ def test_ties_are_kept_in_every_row():
     np.testing.assert_array_equal(np.isfinite(min_p(logits, 1)), [[0, 1, 1, 1, 0], [1, 0, 0, 0, 0]])
     even = np.zeros((2, 4))
     np.testing.assert_array_equal(np.isfinite(top_p(even, 0.6)), [[0, 1, 1, 1]] * 2)
+    np.testing.assert_array_equal(np.isfinite(top_p(even, 0.5)), [[0, 0, 1, 1]] * 2)
     np.testing.assert_array_equal(np.isfinite(top_p(even, 1e-9)), [[0, 0, 0, 1]] * 2)
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinygrad_llm import Tensor, no_grad
-from tinygrad_llm.generate import Decoder, generate
+from tinygrad_llm.generate import Decoder, beam_search, generate
 from tinygrad_llm.gpt import GPT, GPTConfig
 from tinygrad_llm.nn import KVCache, LayerCache, MultiHeadAttention, RotaryEmbedding
 from tinygrad_llm.random import Generator
@@ -214,6 +214,9 @@ def test_only_what_is_new_is_computed(monkeypatch):
     ids = generate(MODEL, [[1, 2, 3]], CONTEXT, temperature=0)
     full = ids.shape[1] - 1 - CONTEXT  # tokens that were chosen when the context was full already
     assert computed == [3] + [1] * (CONTEXT - 3) + [CONTEXT] * full
+    computed.clear()
+    beam_search(MODEL, [1, 2, 3], 5, beams=4)  # whose rows change places
+    assert computed == [3, 1, 1, 1, 1]
 
 
 def test_of_a_long_prompt_the_head_sees_the_last_token_only():
