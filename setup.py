@@ -32,6 +32,7 @@ setup(
         "pooch>=1.8",
     ],
     extras_require={
+        "tensorboard": ["tensorboardX>=2.6"],
         "gpu": ["triton>=3.6,<3.10", "cupy-cuda13x>=14"],
         "test": [
             "pytest>=8",
@@ -40,6 +41,7 @@ setup(
             "array-api-compat>=1.12",
             "array-api-strict>=2.3",
             "transformers>=4.40",
+            "tensorboardX>=2.6",
             "triton>=3.6,<3.10",
             "ruff",
         ],

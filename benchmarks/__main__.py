@@ -1,6 +1,6 @@
 """The command line, from the repository's root:
 
-    python -m benchmarks ops | train | generate | shakespeare | gradcheck | kernels
+    python -m benchmarks ops | train | generate | shakespeare | tokenizer | gradcheck | kernels
 
 Each command sets the number of threads first and imports the rest afterwards: see machine.py.
 """
@@ -165,6 +165,34 @@ def shakespeare(
     settings = {"steps": steps, "seeds": seeds, "eval_batches": eval_batches}
     result = Result("shakespeare", settings, {"runs": runs}, [job.table(runs, steps)], [note])
     finish(result, description, save, results)
+
+
+@app.command()
+def tokenizer(
+    merges: Annotated[int, typer.Option(min=1, help="What BPE learns.")] = 5000,
+    characters: Annotated[
+        int | None, typer.Option(min=1, help="Of each corpus, no more than these.")
+    ] = None,
+    rounds: Rounds = 5,
+    threads: Threads = 1,
+    save: Save = False,
+    results: Results = RESULTS,
+):
+    """Training BPE on two corpora, and encoding through ours and by tiktoken itself."""
+    description = prepare(threads, False, save, results)
+    method = Method.for_threads(threads, rounds)
+    from . import tokenizer as job
+
+    notes = [job.NOTE]
+    known = job.read_gpt2(notes)
+    texts = {name: text[:characters] for name, text in job.read_corpora(notes).items()}
+    try:
+        data, tables = job.measure(texts, merges, known, method, say)
+    except ValueError as error:
+        fail(str(error), code=1)
+    versions = {name: machine.installed(name) or "none" for name in ("tiktoken", "tokenizers")}
+    settings = {"merges": merges, "rounds": rounds, **versions}
+    finish(Result("tokenizer", settings, data, tables, notes), description, save, results)
 
 
 @app.command()

@@ -15,6 +15,8 @@ from benchmarks import machine  # noqa: E402
 from benchmarks.measure import Method, Ratio, Spread, Timing, interleaved  # noqa: E402
 from benchmarks.report import Result, Table, duration  # noqa: E402
 from benchmarks.shakespeare import read  # noqa: E402
+from benchmarks.tokenizer import measure_encoding  # noqa: E402
+from tinygrad_llm.tokenizer import BPETokenizer, TiktokenTokenizer  # noqa: E402
 
 needs_torch = pytest.mark.skipif(not machine.installed("torch"), reason="compares with PyTorch")
 
@@ -128,6 +130,48 @@ def test_shakespeare_without_its_text(tmp_path):
     assert "TINYGRAD_LLM_DATA" in done.stderr and done.stderr.count("\n") == 1
     with pytest.raises(FileNotFoundError, match="TINYGRAD_LLM_DATA"):
         read(str(tmp_path))
+
+
+NOWHERE = dict.fromkeys(
+    ["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"], "http://127.0.0.1:9"
+)
+
+
+def test_tokenizer_without_what_it_would_download(tmp_path):
+    small = ["--merges", "20", "--characters", "2000", "--rounds", "2", "--threads", "1"]
+    empty = str(tmp_path / "empty")
+    done = run(
+        "tokenizer",
+        *small,
+        *["--save", "--results", str(tmp_path)],
+        **NOWHERE,
+        **dict.fromkeys(["TINYGRAD_LLM_DATA", "TIKTOKEN_CACHE_DIR", "XDG_CACHE_HOME"], empty),
+    )
+    assert done.returncode == 0, done.stderr
+    (markdown,) = tmp_path.glob("tokenizer-*.md")
+    for name in ("gpt2", "tiny-shakespeare"):
+        assert f"Without {name}: " in markdown.read_text(encoding="utf-8")
+    results = saved(tmp_path, "tokenizer")
+    assert set(results) == {"embedded"}
+    training, encoding = results["embedded"]["training"], results["embedded"]["encoding"]
+    assert training["merges"] == 20 and training["ours"]["seconds"]["median"] > 0
+    calls = {"TiktokenTokenizer.encode", "BPETokenizer.encode", "BPETokenizer.encode_array"}
+    assert set(encoding) == {"trained"} and set(encoding["trained"]) == calls
+    for call in encoding["trained"].values():
+        assert set(call) == {"whole", "lines"}
+        # A line is a part of the text: it takes less.
+        for who in ("ours", "tiktoken"):
+            assert 0 < call["lines"][who]["seconds"]["best"] < call["whole"][who]["seconds"]["best"]
+    ratios = list(below(encoding, "ratio"))
+    assert len(ratios) == 6 and all(value > 0 for ratio in ratios for value in ratio.values())
+
+
+def test_tokenizer_refuses_other_ids():
+    """What is timed must be the same work."""
+    tokenizer = TiktokenTokenizer(BPETokenizer.train("to be or not to be", 270).to_tiktoken())
+    tokenizer.encode = lambda text: [0]
+    with pytest.raises(ValueError, match="other ids with trained, whole"):
+        measure_encoding("to be", {"trained": tokenizer}, Method(rounds=1, seconds=0))
 
 
 @needs_torch

@@ -11,9 +11,7 @@ from tinygrad_llm import no_grad
 from tinygrad_llm.checkpoint import (
     load_model,
     load_tokenizer,
-    load_training_state,
     save_model,
-    save_training_state,
 )
 from tinygrad_llm.gpt import GPT, GPTConfig
 from tinygrad_llm.random import Generator
@@ -97,21 +95,15 @@ def test_saving_leaves_only_whole_files(tmp_path):
 @pytest.mark.parametrize("function", ["fsync", "replace"])
 def test_a_failure_while_saving_keeps_the_old_checkpoint(tmp_path, monkeypatch, function):
     save_model(make_model(), tmp_path)
-    save_training_state(tmp_path, {"step": 1})
 
     def fail(*arguments):
         raise OSError("no space left")
 
     monkeypatch.setattr(os, function, fail)
-    for save in (
-        lambda: save_model(make_model(seed=5), tmp_path),
-        lambda: save_training_state(tmp_path, {"step": 2}),
-    ):
-        with pytest.raises(OSError, match="no space left"):
-            save()
+    with pytest.raises(OSError, match="no space left"):
+        save_model(make_model(seed=5), tmp_path)
     assert same_weights(load_model(tmp_path), make_model())
-    assert load_training_state(tmp_path) == {"step": 1}
-    assert len(os.listdir(tmp_path)) == 3
+    assert len(os.listdir(tmp_path)) == 2
 
 
 # --- transformers ---------------------------------------------------------------------------------
@@ -256,46 +248,6 @@ def test_paths_that_are_no_checkpoint(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file"):
         load_model(tmp_path / "file")
-    with pytest.raises(FileNotFoundError, match=r"no training_state.safetensors"):
-        load_training_state(tmp_path)
-
-
-# --- training states ------------------------------------------------------------------------------
-
-
-def test_a_training_state_comes_back_exactly(tmp_path):
-    state = {
-        "weights": {
-            "a.b": np.arange(6, dtype=np.float32).reshape(2, 3).T,
-            "empty": np.zeros((0, 2)),
-        },
-        "optimizer": [{"step": 3, "m": np.float64([1e-300, np.pi])}, {}],
-        "random": Generator(1).get_state(),  # integers of 128 bits
-        "rate": 0.1 + 0.2,
-        "text": "„$tensor“",
-        "nothing": None,
-    }
-    save_training_state(tmp_path, state)
-    loaded = load_training_state(tmp_path)
-    assert loaded.keys() == state.keys()
-    for name in ("random", "rate", "text", "nothing"):
-        assert loaded[name] == state[name]
-    for name, array in state["weights"].items():
-        np.testing.assert_array_equal(loaded["weights"][name], array)
-        assert loaded["weights"][name].dtype == array.dtype
-    assert loaded["optimizer"][0]["step"] == 3 and loaded["optimizer"][1] == {}
-    np.testing.assert_array_equal(loaded["optimizer"][0]["m"], state["optimizer"][0]["m"])
-
-
-def test_damaged_training_states(tmp_path):
-    path = tmp_path / "training_state.safetensors"
-    save_training_state(tmp_path, {"x": np.ones(100)})
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="no whole safetensors file"):
-        load_training_state(tmp_path)
-    safetensors.numpy.save_file({"x": np.ones(1)}, path)
-    with pytest.raises(ValueError, match="holds no training state"):
-        load_training_state(tmp_path)
 
 
 def test_separate_dropout_rates_are_kept(tmp_path):

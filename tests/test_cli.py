@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tinygrad_llm.checkpoint import load_model, load_tokenizer, load_training_state
+from tinygrad_llm.checkpoint import checkpoints, load_model, load_tokenizer, load_training_state
+from tinygrad_llm.data import train_val_split
 from tinygrad_llm.generate import beam_search, stream, stream_text
 from tinygrad_llm.random import Generator
+from tinygrad_llm.train import evaluate
 
 COMMAND = [sys.executable, "-m", "tinygrad_llm"]
 # One thread: processes that run at the same time do not slow each other down.
@@ -25,13 +28,13 @@ TINY = shlex.split("--layers 1 --heads 2 --dim 16 --context 16 --batch-size 4 --
 STEPS = ["--steps", "24"]
 RESULTS = {
     "config.json",
+    "log.jsonl",
     "loss.png",
     "merges.txt",
     "model.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
     "tokens.npy",
-    "training_state.safetensors",
     "vocab.json",
 }
 
@@ -96,8 +99,13 @@ def files_of(directory):
     return {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.is_file()}
 
 
+def trainer_of(directory):
+    """The training state in the newest checkpoint."""
+    return load_training_state(checkpoints(directory)[-1])["trainer"]
+
+
 def losses_of(directory):
-    trainer = load_training_state(directory)["trainer"]
+    trainer = trainer_of(directory)
     return trainer["losses"].tolist(), trainer["evaluations"].tolist()
 
 
@@ -172,6 +180,122 @@ def test_the_live_bar_on_a_terminal(tmp_path, text_file):
         assert part.encode() in shown
 
 
+def log_of(directory):
+    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+
+
+def test_every_step_is_in_the_log(trained):
+    directory, _ = trained
+    lines = log_of(directory)
+    assert [line["step"] for line in lines] == list(range(25))
+    losses, evaluations = losses_of(directory)
+    assert [line["loss"] for line in lines[1:]] == losses
+    evaluated = [[line["step"], line["val_loss"]] for line in lines if "val_loss" in line]
+    assert evaluated == evaluations and len(evaluations) == 13
+    names = {"step", "loss", "learning_rate", "grad_norm", "tokens", "seconds"}
+    assert all(names <= line.keys() for line in lines[1:])
+    assert lines[-1]["perplexity"] == pytest.approx(np.exp(lines[-1]["val_loss"]))
+    assert lines[-1]["tokens"] == 24 * 4 * 16
+
+
+def test_a_tokens_file_with_its_tokenizer(tmp_path, trained, text_file):
+    directory, _ = trained
+    ids = tmp_path / "ids.npy"
+    assert run("data", "prepare", text_file, "--out", ids, "--tokenizer", directory).returncode == 0
+    shape = [*TINY[:-2], "--steps", 5, "--quiet"]  # no --vocab-size
+    for name, data in (("text", text_file), ("ids", ids)):
+        options = ["--data", data, "--tokenizer", directory, *shape, "--out", tmp_path / name]
+        done = run("train", *options)
+        assert done.returncode == 0, done.stderr
+    text, ids_only = files_of(tmp_path / "text"), files_of(tmp_path / "ids")
+    assert text["model.safetensors"] == ids_only["model.safetensors"]
+    assert set(text) - set(ids_only) == {"tokens.npy"}  # the file stays where it is
+    resumed = ["train", "--out", tmp_path / "ids", "--resume", "--steps", 6, "--quiet"]
+    assert run(*resumed).returncode == 0
+    np.save(ids, np.load(ids)[::-1])
+    assert_refused(run(*resumed[:-2], 7), "trained on other tokens")
+    ids.unlink()
+    assert_refused(run(*resumed[:-2], 7), "ids.npy", "does not exist")
+
+
+def test_the_options_reach_the_run(tmp_path, text_file):
+    options = "--dropout 0.1 --no-tie --accumulate 2 --min-lr 1e-5 --warmup 3 --weight-decay 0.2"
+    options += " --recompute --eval-interval 2 --keep 2 --patience 7"
+    arguments = ["--data", text_file, *TINY, *shlex.split(options), "--steps", 8, "--quiet"]
+    directory = tmp_path / "run"
+    done = run("train", *arguments, "--out", directory)
+    assert done.returncode == 0, done.stderr
+    assert [path.stem for path in checkpoints(directory)] == ["step-00000006", "step-00000008"]
+    trainer = trainer_of(directory)
+    settings, config = trainer["settings"], trainer["config"]
+    assert config["drop_rate"] == 0.1 and config["tie_weights"] is False
+    expected = {"accumulate": 2, "min_lr": 1e-5, "warmup_steps": 3, "weight_decay": 0.2}
+    expected |= {"recompute": True, "eval_interval": 2, "patience": 7}
+    assert {name: settings[name] for name in expected} == expected
+    assert [group["weight_decay"] for group in trainer["optimizer"]["param_groups"]] == [0.2, 0]
+    rates = [line["learning_rate"] for line in log_of(directory)[1:]]
+    assert rates[:3] == pytest.approx([1e-3, 2e-3, 3e-3]) and rates[-1] == pytest.approx(1e-5)
+
+
+def test_early_stopping_keeps_the_best_model(tmp_path, text_file):
+    shape = ["--data", text_file, *TINY, "--lr", 0.5, "--eval-interval", 1, "--patience", 3]
+    done = run("train", *shape, "--steps", 200, "--out", tmp_path / "run")  # too fast: it diverges
+    assert done.returncode == 0, done.stderr
+    losses = [line["val_loss"] for line in log_of(tmp_path / "run")]
+    best = int(np.argmin(losses))
+    assert len(losses) == best + 4 < 201
+    assert f"stopped early: validation loss {losses[-1]:.3f} after {best + 3} steps" in done.stdout
+    assert f"the model is that of step {best}, with the lowest: {losses[best]:.3f}" in done.stdout
+    tokens = np.load(tmp_path / "run" / "tokens.npy")
+    model = load_model(tmp_path / "run")
+    _, held_out = train_val_split(tokens, 0.1, 16)
+    assert evaluate(model, held_out, 16, 4, 10) == pytest.approx(losses[best], rel=1e-5)
+    again = run("train", "--out", tmp_path / "run", "--resume")
+    assert_refused(again, "has stopped early", f"lowest after {best}: raise --patience")
+    more = run("train", "--out", tmp_path / "run", "--resume", "--patience", 4, "--quiet")
+    assert more.returncode == 0 and len(log_of(tmp_path / "run")) >= len(losses) + 1
+
+
+def test_tensorboard_without_its_package(tmp_path):
+    (tmp_path / "tensorboardX.py").write_text("raise ImportError('not here')")
+    done = subprocess.run(
+        [*COMMAND, "train", "--tensorboard"], cwd=tmp_path, capture_output=True, encoding="utf-8",
+        env={**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path[1:]])},
+    )  # fmt: skip
+    assert_refused(done, "--tensorboard needs the package tensorboardX", "log.jsonl")
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] in ([], ["__pycache__"])
+
+
+def test_tensorboard_events_are_those_of_the_log(tmp_path, text_file):
+    pytest.importorskip("tensorboardX")
+    options = ["--data", text_file, *TINY, "--tensorboard", "--quiet"]
+    assert run("train", *options, "--steps", 6, "--out", tmp_path / "run").returncode == 0
+    resumed = run("train", "--out", tmp_path / "run", "--resume", "--steps", 9, "--tensorboard")
+    assert resumed.returncode == 0, resumed.stderr
+    found = scalars(tmp_path / "run" / "tensorboard")
+    lines = log_of(tmp_path / "run")
+    assert [step for step, _ in found["loss/training"]] == list(range(1, 10))
+    for tag, name in (("loss/training", "loss"), ("perplexity", "perplexity")):
+        expected = [(line["step"], pytest.approx(line[name])) for line in lines if name in line]
+        assert found[tag] == expected
+
+
+def scalars(folder):
+    """tag -> (step, value) pairs, of files of events: length, checksum, event, checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = {}
+    for path in folder.glob("events.*"):
+        content, place = path.read_bytes(), 0
+        while place < len(content):
+            size = int.from_bytes(content[place : place + 8], "little")
+            event = Event.FromString(content[place + 12 : place + 12 + size])
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+            place += 16 + size
+    return found
+
+
 # --- stopping and going on ------------------------------------------------------------------------
 
 
@@ -201,11 +325,12 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    step = load_training_state(tmp_path / "stopped")["trainer"]["step"]
+    step = trainer_of(tmp_path / "stopped")["step"]
     assert 10 <= step < 120
     said = f"stopped after {step} steps and saved; go on with: .*tinygrad.llm (.*)\n"
     command = re.fullmatch(said, errors)[1]
     assert command == "train --out stopped --resume"
+    assert (tmp_path / "stopped" / "loss.png").exists()
 
     resumed = run(*shlex.split(command), cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
@@ -220,7 +345,7 @@ def test_a_killed_run_leaves_a_checkpoint_that_goes_on(tmp_path, text_file, stra
     process.communicate()
     directory = tmp_path / "killed"
     load_model(directory)
-    assert load_training_state(directory)["trainer"]["step"] >= 10
+    assert trainer_of(directory)["step"] >= 10
     assert run("generate", "--model", directory, "to", "--max-tokens", 2).returncode == 0
 
     resumed = run("train", "--out", directory, "--resume")
@@ -378,9 +503,21 @@ def assert_refused(done, *parts):
         ("--lr nan", ["lr must be a number above 0, got nan"]),
         ("--lr fast", ["--lr", "number"]),
         ("--speed 3", ["--speed", "train --help"]),
+        ("--min-lr 1", ["min_lr must be at most lr"]),
+        ("--warmup 900", ["warmup_steps must be 0 to steps"]),
+        ("--dropout 2", ["--dropout", "less than or equal to 1"]),
+        ("--weight-decay -1", ["--weight-decay"]),
+        ("--size gpt9", ["--size", "gpt2-xl"]),
+        ("--size gpt2 --dim 64", ["--size says what --dim is: give one of them"]),
+        ("--tokenizer none", ["--tokenizer none is no directory", "gpt2"]),
+        ("--tokenizer .", ["vocab.json"]),
+        ("--tokenizer . --vocab-size 300", ["--vocab-size is of a vocabulary to learn"]),
+        ("--data ids.npy", ["ids.npy holds token ids: give the --tokenizer"]),
+        ("--data ids.npy short.txt", ["ids.npy holds token ids: give it alone"]),
         ("--resume", ["--resume needs --out DIR"]),
+        ("--resume-from step-00000001", ["--resume needs --out DIR"]),
         ("--resume --out none", ["none is no directory"]),
-        ("--resume --out .", ["has no training_state.safetensors"]),
+        ("--resume --out .", ["has no checkpoints"]),
         ("--out short.txt", ["short.txt is a file"]),
         ("--out short.txt/below", ["short.txt is a file"]),
         ("--out other-model", ["has a config.json, which would be lost"]),
@@ -391,6 +528,7 @@ def test_training_refuses(tmp_path, arguments, parts):
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "latin1.txt").write_bytes("Größe".encode("latin-1"))
+    np.save(tmp_path / "ids.npy", np.arange(300, dtype=np.uint16))
     (tmp_path / "other-model").mkdir()
     (tmp_path / "other-model" / "config.json").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
@@ -467,11 +605,12 @@ def test_generating_from_damaged_files(tmp_path, trained, name):
     assert_refused(run("generate", "--model", tmp_path, "x"), name)
 
 
-@pytest.mark.parametrize("name", ["training_state.safetensors", "tokens.npy", "merges.txt"])
+@pytest.mark.parametrize("name", ["tokens.npy", "merges.txt"])
 def test_resuming_from_damaged_files(tmp_path, trained, name):
     directory, _ = trained
-    for file, content in files_of(directory).items():
-        (tmp_path / file).write_bytes(content[: len(content) // 2] if file == name else content)
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    content = (directory / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
     before = files_of(tmp_path)
     done = run("train", "--out", tmp_path, "--resume", "--steps", 99)
     assert_refused(done, name)
@@ -491,7 +630,11 @@ def test_weights_that_are_no_numbers(tmp_path, trained):
 
 def test_help_explains_every_option():
     text = run("train", "--help").stdout
-    options = "data out steps batch-size context layers heads dim lr seed vocab-size resume quiet"
+    options = "data out steps batch-size context layers heads dim lr seed vocab-size resume quiet "
+    options += (
+        "tokenizer size dropout accumulate min-lr warmup weight-decay eval-interval patience "
+    )
+    options += "recompute threads resume-from keep tensorboard"
     for option in options.split():
         assert re.search(rf"--{option}\b.*\w+ \w+", text), option
     assert run().stdout == run("--help").stdout != ""

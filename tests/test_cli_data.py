@@ -3,13 +3,20 @@
 import hashlib
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 from test_cli import ENVIRONMENT, assert_refused, on_a_terminal, run, start, wait_for
 
 from tinygrad_llm.data import open_tokens
-from tinygrad_llm.tokenizer import BPETokenizer
+from tinygrad_llm.tokenizer import (
+    BPETokenizer,
+    UnigramTokenizer,
+    WordPieceTokenizer,
+    WordTokenizer,
+    load,
+)
 
 END = "<|endoftext|>"
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals and terminals")
@@ -48,6 +55,26 @@ def test_prepare(folder, tmp_path):
     assert quiet.read_bytes() == out.read_bytes()
 
 
+TRAINED = {
+    "words": lambda text: WordTokenizer.train(text),
+    "wordpiece": lambda text: WordPieceTokenizer.train(text, 60),
+    "unigram": lambda text: UnigramTokenizer.train(text, 300, prefix_space=True),
+}
+
+
+@pytest.mark.parametrize("train", TRAINED.values(), ids=TRAINED)
+def test_prepare_with_every_tokenizer(tmp_path, train):
+    """The text is longer than a block, and nearly all places where it might be cut are lines'."""
+    text = ("to\nbe\nor\nnot\n" * 25 + "that is") * 4000
+    (tmp_path / "a.txt").write_text(text)
+    train(text[:1000]).save(tmp_path / "tokenizer")
+    arguments = "--out", tmp_path / "t.npy", "--tokenizer", tmp_path / "tokenizer"
+    done = run("data", "prepare", tmp_path / "a.txt", *arguments)
+    assert done.returncode == 0, done.stderr
+    expected = load(tmp_path / "tokenizer").encode_array(text)
+    assert np.array_equal(open_tokens(tmp_path / "t.npy"), expected)
+
+
 def test_prepare_shows_a_bar_on_a_terminal(folder, tmp_path):
     arguments = "--out", tmp_path / "t.npy", "--tokenizer", folder / "tokenizer"
     code, shown = on_a_terminal("data", "prepare", folder / "a.txt", *arguments)
@@ -73,8 +100,26 @@ def test_list(folder, monkeypatch):
     assert done.returncode == 0 and done.stderr == ""
     for name in ("the-verdict", "tiny-shakespeare", "sms-spam", "instruction-data"):
         assert f"\n{name} " in "\n" + done.stdout
-    assert str(folder / "corpora" / "the-verdict.txt") in done.stdout
+    wrong = folder / "corpora" / "the-verdict.txt"
+    assert f" {wrong} is not the file expected: its SHA-256 is" in done.stdout
     assert "data get sms-spam" in done.stdout
+    assert len(done.stdout.splitlines()) == 10  # each fact is one line
+
+
+def test_list_shows_what_is_right(tmp_path, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "TINYGRAD_LLM_DATA", str(tmp_path))
+    monkeypatch.setitem(ENVIRONMENT, "XDG_CACHE_HOME", str(tmp_path / "no cache"))
+    here = os.environ.get("TINYGRAD_LLM_DATA")
+    if not here:
+        pytest.skip("set TINYGRAD_LLM_DATA (the-verdict.txt)")
+    (tmp_path / "the-verdict.txt").write_bytes((Path(here) / "the-verdict.txt").read_bytes())
+    (tmp_path / "tinyshakespeare.txt").mkdir()
+    done = run("data", "list")
+    assert f" {tmp_path / 'the-verdict.txt'}\n" in done.stdout
+    assert f" {tmp_path / 'tinyshakespeare.txt'}: Is a directory; give a path" in done.stdout
+    monkeypatch.setitem(ENVIRONMENT, "TINYGRAD_LLM_DATA", str(tmp_path / "none"))
+    assert_refused(run("data", "list"), "TINYGRAD_LLM_DATA names no folder")
+    assert_refused(run("data", "get", "the-verdict"), "TINYGRAD_LLM_DATA names no folder")
 
 
 def test_bad_input(folder, tmp_path, monkeypatch):
@@ -87,12 +132,23 @@ def test_bad_input(folder, tmp_path, monkeypatch):
     assert_refused(run("data", "prepare", text), "see tinygrad-llm data prepare --help")
     assert_refused(run("data", "prepare", tmp_path / "no.txt", *ours), "no.txt does not exist")
     wrong = ["--out", out, "--tokenizer", tmp_path / "none"]
-    assert_refused(run("data", "prepare", text, *wrong), "is no directory")
+    assert_refused(run("data", "prepare", text, *wrong), "is no directory with a tokenizer")
+    wrong[-1] = tmp_path  # without a tokenizer in it
+    assert_refused(run("data", "prepare", text, *wrong), "is no directory with a tokenizer")
+    wrong[-1] = tmp_path / "words"
+    WordTokenizer.train("to be", (), None).save(wrong[-1])
+    assert_refused(run("data", "prepare", text, *wrong), "a.txt: 'or' is not in the vocabulary")
     nowhere = ["--out", tmp_path / "no" / "t.npy", "--tokenizer", folder / "tokenizer"]
     assert_refused(run("data", "prepare", text, *nowhere), "there is no folder")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    assert_refused(run("data", "prepare", tmp_path / "binary", *ours), "is not UTF-8 at byte")
+    assert_refused(run("data", "prepare", tmp_path / "binary", *ours), "looks like UTF-16: if it")
+    os.mkfifo(tmp_path / "pipe")
+    assert_refused(run("data", "prepare", tmp_path / "pipe", *ours), "is a pipe or device")
+    assert_refused(run("data", "prepare", text, "--out", ""), "--out names no file: give the path")
     assert not out.exists()
+    out.symlink_to(tmp_path / "nowhere")
+    assert_refused(run("data", "prepare", text, *ours), "exists, and would be lost")
+    out.unlink()
     out.write_bytes(b"mine")
     assert_refused(run("data", "prepare", text, *ours), "exists, and would be lost")
     assert out.read_bytes() == b"mine"
@@ -109,15 +165,19 @@ def test_no_network(tmp_path, monkeypatch):
     )
     (tmp_path / "a.txt").write_text("to be")
     done = run("data", "prepare", tmp_path / "a.txt", "--out", tmp_path / "t.npy")
-    assert_refused(done, "GPT-2's vocabulary cannot be downloaded")
+    assert_refused(done, "no vocabulary of GPT-2: tiktoken could not download it")
 
 
-def test_ctrl_c_leaves_nothing(folder, tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"".join(b"to be or not %d\n" % i for i in range(10**6)))
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interruption_leaves_nothing(folder, tmp_path, number):
+    text = b"".join(b"to be or not %d\n" % i for i in range(10**6))
+    (tmp_path / "a.txt").write_bytes(text)
     arguments = ["--out", tmp_path / "t.npy", "--tokenizer", folder / "tokenizer"]
     process = start("data", "prepare", tmp_path / "a.txt", *arguments)
     wait_for(process, "encoding")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (130, f"stopped; {tmp_path / 't.npy'} was not written\n")
+    said = (130, f"stopped; {tmp_path / 't.npy'} was not written\n")
+    assert (process.returncode, errors) == (said if number == signal.SIGINT else (-number, ""))
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt"}
+    assert (tmp_path / "a.txt").read_bytes() == text

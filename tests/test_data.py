@@ -54,9 +54,27 @@ def test_read_corpus_bad_input(tmp_path):
         path.write_bytes(nothing)
         with pytest.raises(ValueError, match=r"text\.txt is empty"):
             read_corpus(path)
+    for nothing in (None, 3):
+        with pytest.raises(TypeError, match=f"path of a text file, or several, got .*{nothing}"):
+            read_corpus(nothing)
     path.write_bytes("Zoë".encode("latin-1"))
     with pytest.raises(ValueError, match=r"byte offset 2: .* iconv -f LATIN1 -t UTF-8"):
         read_corpus(path)
+
+
+@pytest.mark.parametrize("text", ["to be, or not", "быть или не быть", "生存 还是\n毁灭", "naïve"])
+@pytest.mark.parametrize("encoding", ["UTF-16", "UTF-16LE", "UTF-16BE"])
+def test_utf16_is_told_by_its_name(tmp_path, text, encoding):
+    path = tmp_path / "text.txt"
+    path.write_bytes((text * 100).encode(encoding))  # that of "UTF-16" begins with its mark
+    with pytest.raises(ValueError, match=f"txt looks like {encoding}: .* iconv -f {encoding} -t"):
+        read_corpus(path)
+
+
+def test_a_stray_zero_byte_is_text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"to be or not to be\n" * 10 + b"\0")
+    assert read_corpus(path).endswith("\n\0")
 
 
 # Files as a whole or not at all
@@ -81,6 +99,10 @@ def test_atomic_write(tmp_path, monkeypatch, without_name):
     assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "plain"]
     with pytest.raises(FileNotFoundError), files.atomic_write(tmp_path / "no" / "file"):
         pass
+    longest = tmp_path / ("日" * 85)  # 255 bytes
+    with files.atomic_write(longest) as file:
+        file.write(b"first")
+    assert longest.read_bytes() == b"first"
 
 
 # Token files

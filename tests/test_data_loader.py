@@ -59,7 +59,7 @@ def test_order_and_stream_are_pytorchs(size, batch_size, shuffle, drop_last, own
 def test_loader_gives_each_window_once(size, batch_size, shuffle, drop_last):
     windows = Windows(range(size), 1, 1)  # window i is just [i]
     if drop_last and len(windows) < batch_size:
-        with pytest.raises(ValueError, match="make no batch"):
+        with pytest.raises(ValueError, match="makes no batch"):
             DataLoader(windows, batch_size, shuffle, drop_last)
         return
     loader = DataLoader(windows, batch_size, shuffle, drop_last)
@@ -119,8 +119,10 @@ def test_create_dataloader_has_the_books_defaults():
 def test_bad_input():
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         DataLoader(Windows(range(10), 1, 1), 0)
-    with pytest.raises(ValueError, match="1 windows make no batch of 4: use a smaller batch_size"):
+    with pytest.raises(ValueError, match="of 1 items makes no batch of 4: use a larger"):
         create_dataloader(range(257))
+    with pytest.raises(ValueError, match="the dataset is empty: expected at least one item"):
+        DataLoader([])
     with pytest.raises(ValueError, match="need 257 tokens, but there are only 256: use a longer"):
         create_dataloader(range(256))
     for name in ("batch_size", "max_length", "stride"):

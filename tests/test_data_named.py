@@ -134,6 +134,18 @@ def test_the_users_folder_comes_first(server, cache, corpus, tmp_path, monkeypat
     assert corpus_path("the-verdict") == mine
 
 
+def test_the_users_folder_must_exist(server, cache, corpus, tmp_path, monkeypatch):
+    corpus(server.url + "/text.txt")
+    corpus_path("the-verdict")  # is in the cache, but that is not where the user looks
+    (tmp_path / "file").write_bytes(b"")
+    for wrong in (tmp_path / "nowhere", tmp_path / "file"):
+        monkeypatch.setenv(FOLDER_OF_THE_USER, str(wrong))
+        with pytest.raises(ValueError, match=f"{FOLDER_OF_THE_USER} names no folder: '{wrong}'"):
+            corpus_path("the-verdict")
+    monkeypatch.setenv(FOLDER_OF_THE_USER, "")  # as good as unset
+    assert corpus_path("the-verdict") == cache / "text.txt"
+
+
 def test_a_broken_cache_is_noticed(server, cache, corpus):
     corpus(server.url + "/text.txt")
     corpus_path("the-verdict").write_bytes(TEXT[:10])

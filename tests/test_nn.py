@@ -5,9 +5,10 @@ import copy
 import numpy as np
 import pytest
 
+from tinygrad_llm import from_numpy, nn, random, tensor
 from tinygrad_llm import functional as F  # noqa: N812
-from tinygrad_llm import nn, random
-from tinygrad_llm.nn import Buffer, Module, ModuleList, Parameter, Sequential
+from tinygrad_llm.gpt import GPT, GPTConfig
+from tinygrad_llm.nn import Buffer, Module, ModuleList, Parameter, Sequential, steps
 from tinygrad_llm.random import Generator
 from tinygrad_llm.tensor import Tensor
 
@@ -271,6 +272,37 @@ def test_embedding_is_a_lookup_and_its_gradient_adds_up():
     assert np.allclose(table(ids).data, one_hot @ table.weight.data)
 
 
+def test_bce_loss_is_pytorchs(torch):
+    p, t = 1 / (1 + np.exp(-normal(5, 1))), normal(5, 1, seed=1) > 0
+    ours, theirs = Tensor(p, requires_grad=True), torch.tensor(p, requires_grad=True)
+    loss = nn.BCELoss()(ours, t.astype(float))
+    expected = torch.nn.BCELoss()(theirs, torch.tensor(t.astype(float)))
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    np.testing.assert_allclose(ours.grad.data, theirs.grad.numpy(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "int64", "int32", "bool"])
+def test_tensor_copies_and_from_numpy_shares(torch, dtype):
+    array = np.zeros((2, 2, 2), dtype)
+    copied, shared = tensor(array), from_numpy(array)
+    theirs = torch.tensor(array), torch.from_numpy(array)
+    array[0, 0, 0] = 99
+    for a, b in zip((copied, shared), theirs, strict=True):
+        assert a.dtype == b.numpy().dtype and np.array_equal(a.data, b.numpy())
+    shared.data[1] = 1
+    assert array[1].all() and not copied.data.any()
+
+
+@pytest.mark.parametrize("data", [3, 2.5, [1, 2], [1.0, 2], [[True]], [], np.float64(1.5)])
+def test_tensor_has_pytorchs_dtypes(torch, data):
+    expected = torch.tensor(data).numpy()
+    assert tensor(data).dtype == expected.dtype and tensor(data).shape == expected.shape
+    with pytest.raises(TypeError, match=r"takes a NumPy array, not \w+; use tensor\(\)"):
+        from_numpy(data)
+
+
 def test_dropout_keeps_the_mean_and_is_off_in_eval():
     drop, x = nn.Dropout(0.4, Generator(0)), Tensor(np.ones((200, 200), np.float32))
     y = drop(x).data
@@ -290,6 +322,20 @@ def test_how_layers_start():
     assert (table.mean(), table.std()) == pytest.approx((0, 1), abs=0.05)
     norm = nn.LayerNorm(3)
     assert norm.weight.tolist() == [1, 1, 1] and norm.bias.tolist() == [0, 0, 0]
+
+
+def test_reset_parameters_makes_a_new_model():
+    """The norms, too; and nothing is drawn for them."""
+    cfg = GPTConfig(11, 4, 8, 2, 2, tie_weights=True)
+    model, generator = GPT(cfg, Generator(1), init="torch"), Generator(1)
+    new = copy.deepcopy(model.state_dict())
+    for p in model.parameters():
+        p.data += 1
+    model.reset_parameters(generator)
+    assert all(np.array_equal(new[name], a) for name, a in model.state_dict().items())
+    same = Generator(1)
+    GPT(cfg, same, init="torch")
+    assert same.get_state() == generator.get_state()
 
 
 def test_randomness_comes_from_the_generator_or_the_default_one():
@@ -343,6 +389,26 @@ def test_attention_is_pytorchs(torch, causal, bias):
     assert y.shape == (2, T, C)
     assert np.allclose(y.data, expected.detach().numpy(), rtol=0, atol=1e-12)
     assert np.allclose(att(Tensor(x[0])).data, y.data[0], rtol=0, atol=1e-12)  # without a batch
+
+
+STEPS = [
+    lambda: steps.SimpleSelfAttention(),
+    lambda: steps.SelfAttentionV1(3, 2),
+    lambda: steps.SelfAttentionV2(3, 2),
+    lambda: steps.CausalAttention(3, 2, 6),
+    lambda: steps.MultiHeadAttentionWrapper(3, 2, 6, 2),
+    lambda: nn.MultiHeadAttention(3, 2, 6, 2),
+]
+
+
+@pytest.mark.parametrize("make", STEPS)
+def test_every_step_takes_one_sequence_or_a_batch(make):
+    step, x = make().to(np.float64), normal(2, 5, 6, 3)
+    y = step(Tensor(x)).data
+    for b in np.ndindex(2, 5):
+        np.testing.assert_allclose(y[b], step(Tensor(x[b])).data, rtol=1e-12, atol=1e-14)
+    with pytest.raises(ValueError, match=r"x has shape \(3,\), expected \(..., T, d_in\)"):
+        step(Tensor(x[0, 0, 0]))
 
 
 def test_attention_sees_the_past_only_if_causal():

@@ -71,6 +71,29 @@ def test_dropout_draws_its_masks_in_order():
     assert losses[0] == losses[1]
 
 
+@settings(max_examples=15)
+@given(st.integers(1, 7), st.integers(1, 9), st.floats(0, 0.95), st.integers(0, 99))
+def test_pieces_give_the_loss_and_gradients_of_the_whole_batch(rows, pieces, ignored, seed):
+    model = small_model()
+    ids, targets = batch(rows, seed)
+    targets[np.random.default_rng(seed).random(targets.shape) < ignored] = -100
+    targets[-1, -1] = 3  # one counts
+    loss, expected = whole_batch(model, ids, targets)
+    assert Shards(2).backward(model, ids, targets, pieces) == pytest.approx(loss, rel=1e-12)
+    found = gradients(model)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-9, atol=1e-13, err_msg=name)
+
+
+@pytest.mark.parametrize("where", ["emb", "attn", "shortcut"])
+def test_dropout_of_any_kind_runs_on_one_thread(where):
+    losses = []
+    for threads in (1, 3):
+        model = small_model(**{f"drop_rate_{where}": 0.3})
+        losses.append(Shards(threads).backward(model, *batch(6)))
+    assert losses[0] == losses[1]
+
+
 def test_frozen_parameters_get_no_gradient():
     model = small_model()
     model.blocks[0].requires_grad_(False)

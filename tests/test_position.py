@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as TF  # noqa: N812
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracles import agree
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -56,17 +56,18 @@ def test_a_relative_bias_depends_on_the_distance():
 @given(st.integers(0, 20), st.integers(0, 20), st.integers(0, 11), st.booleans())
 @settings(max_examples=30)
 def test_scores_depend_on_the_distance_alone(i, j, shift, interleaved):
-    rope, q, k = nn.RotaryEmbedding(8, 32), Tensor(randn(1, 8)), Tensor(randn(1, 8, seed=1))
+    rope = nn.RotaryEmbedding(8, 32, interleaved=interleaved)
+    q, k = Tensor(randn(1, 8)), Tensor(randn(1, 8, seed=1))
 
     def score(i, j):
-        return (rope(q, i, interleaved) @ rope(k, j, interleaved).T).item()
+        return (rope(q, i) @ rope(k, j).T).item()
 
     assert abs(score(i, j) - score(i + shift, j + shift)) < 1e-4
 
 
 def test_layouts_are_converted():
     """The weights of q and k in the other order of rows, and rope in the other layout: the same."""
-    rope, x = nn.RotaryEmbedding(8, 6), Tensor(randn(6, 5))
+    x = Tensor(randn(6, 5))
     w = randn(16, 5)
 
     def heads(w):
@@ -74,13 +75,30 @@ def test_layouts_are_converted():
 
     halves, other = heads(w), heads(interleaved_from_halves(w, 8))
     assert not np.array_equal(halves.data, other.data)
-    a, b = rope(halves), rope(other, interleaved=True)
+    a, b = nn.RotaryEmbedding(8, 6)(halves), nn.RotaryEmbedding(8, 6, interleaved=True)(other)
     np.testing.assert_allclose(
         (a @ a.transpose(1, 2)).data, (b @ b.transpose(1, 2)).data, rtol=1e-4, atol=1e-4
     )
     assert np.array_equal(halves_from_interleaved(interleaved_from_halves(w, 8), 8), w)
     with pytest.raises(ValueError, match="weight has 16 rows; expected a multiple of head_dim 7"):
         interleaved_from_halves(w, 7)
+    with pytest.raises(ValueError, match="head_dim is a positive integer, not 0"):
+        interleaved_from_halves(w, 0)
+
+
+def test_attention_follows_its_ropes_layout():
+    """With q's and k's rows reordered, and rope in the other layout: the same."""
+    halves, other = (
+        nn.MultiHeadAttention(
+            5, 8, 6, 2, rope=nn.RotaryEmbedding(4, 6, interleaved=i), generator=Generator(0)
+        )
+        for i in (False, True)
+    )
+    x = Tensor(randn(1, 6, 5))
+    assert not np.allclose(halves(x).data, other(x).data, atol=1e-3)
+    w = other.qkv.weight.data
+    w[:16] = interleaved_from_halves(w[:16], 4)
+    np.testing.assert_allclose(halves(x).data, other(x).data, rtol=1e-4, atol=1e-6)
 
 
 def theirs(rope_type, dim, base, **options):
@@ -123,6 +141,19 @@ def test_yarn(factor, original, base, dim):
         assert yarn.length == pytest.approx(1.2079441541679836)
 
 
+@given(st.integers(1, 4096), st.sampled_from([4, 16, 64]), st.sampled_from([2.0, 1e4, 5e5]))
+@example(4, 16, 1e4)  # even the fastest pair turns less than once
+def test_yarn_keeps_fast_pairs_and_interpolates_slow_ones(original, dim, base):
+    """However short the original context; in between, speeds are in between."""
+    speeds = base ** (-np.arange(0, dim, 2) / dim)
+    turns = original * speeds / (2 * np.pi)
+    found = nn.Yarn(4.0, original).stretch(speeds, base, dim)
+    kept, interpolated = turns > 32 * (1 + 1e-9), turns < 1 - 1e-9
+    np.testing.assert_allclose(found[kept], speeds[kept], rtol=1e-12)
+    np.testing.assert_allclose(found[interpolated], speeds[interpolated] / 4, rtol=1e-12)
+    assert (found >= speeds / 4 * (1 - 1e-12)).all() and (found <= speeds).all()
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -130,7 +161,20 @@ def test_yarn(factor, original, base, dim):
         (lambda: nn.RotaryEmbedding(8, 4, scale=0), "must be above 0"),
         (lambda: nn.RotaryEmbedding(8, 4)(Tensor(randn(5, 8))), "positions 0 to 4 exceed"),
         (lambda: nn.RotaryEmbedding(8, 4)(Tensor(randn(2, 8)), start=3), "positions 3 to 4 exceed"),
-        (lambda: nn.Yarn(0.5, 8), "expected factor >= 1"),
+        (lambda: nn.RotaryEmbedding(8, 4)(Tensor(randn(2, 8)), start=-1), "start is -1; expected"),
+        (lambda: nn.RotaryEmbedding(8, 4)(Tensor(randn(8))), r"shape \(8,\), expected \(..., T, 8"),
+        (lambda: nn.RotaryEmbedding(8, 4)(Tensor(randn(2, 6))), r"shape \(2, 6\), expected"),
+        (lambda: nn.RotaryEmbedding(8, 4, base=-1.0), "must be above 0"),
+        (lambda: nn.RotaryEmbedding(8, 4, base=np.inf), "above 0, and finite"),
+        (lambda: nn.RotaryEmbedding(8, 4, scale=2, yarn=nn.Yarn(2, 4)), "give one of them"),
+        (lambda: nn.RotaryEmbedding(8, 4, base=1.0, yarn=nn.Yarn(2, 4)), "base is 1.0; expected"),
+        (lambda: nn.RotaryEmbedding(8, 4, base=0.5, yarn=nn.Yarn(2, 4)), "base is 0.5; expected"),
+        (lambda: nn.Yarn(0.5, 8), "factor >= 1"),
+        (lambda: nn.Yarn(np.inf, 8), "expected finite numbers"),
+        (lambda: nn.Yarn(np.nan, 8), "expected finite numbers"),
+        (lambda: nn.Yarn(2.0, 8, fast=np.inf), "expected finite numbers"),
+        (lambda: nn.RelativePositionBias(2, 1)(4, 3), "4 queries are not the last of 3 keys"),
+        (lambda: F.rope(Tensor(randn(4)), Tensor(randn(2)), Tensor(randn(2))), r"rope: x \(4,\)"),
         (
             lambda: F.rope(Tensor(randn(4, 7)), Tensor(randn(4, 3)), Tensor(randn(4, 3))),
             "an even d",
@@ -218,11 +262,20 @@ def test_a_relative_bias_inside_attention(window, n_kv_heads):
         ({"n_kv_heads": 3}, "n_kv_heads must divide n_heads"),
         ({"window": 0}, "window is a positive integer"),
         ({"window": 3, "causal": False}, "a window needs causal=True"),
+        ({"rope": nn.RotaryEmbedding(8, 9)}, "rope has dim 8 .* expected 2, which is d_out / n_h"),
+        ({"rope": nn.RotaryEmbedding(2, 8)}, "context_length 8; expected 2, .* and at least 9"),
     ],
 )
-def test_bad_heads_and_windows(options, message):
+def test_bad_heads_windows_and_ropes(options, message):
     with pytest.raises(ValueError, match=message):
         nn.MultiHeadAttention(8, 8, 9, 4, **options)
+
+
+def test_what_is_no_rope_and_no_yarn():
+    with pytest.raises(TypeError, match="rope is a RotaryEmbedding, not a int"):
+        nn.MultiHeadAttention(8, 8, 9, 4, rope=4)
+    with pytest.raises(TypeError, match=r"yarn is a Yarn\(factor, original\), not 4"):
+        nn.RotaryEmbedding(8, 4, yarn=4)
 
 
 def test_packed_documents_have_the_loss_that_they_have_alone():

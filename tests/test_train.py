@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from tinygrad_llm import random
 from tinygrad_llm.checkpoint import load_training_state, save_training_state
 from tinygrad_llm.functional import cross_entropy
 from tinygrad_llm.gpt import GPT, GPTConfig
-from tinygrad_llm.train import Report, Trainer, TrainSettings, evaluate, plot_losses
+from tinygrad_llm.train import Report, Trainer, TrainSettings, evaluate, plot_training
 
 TOKENS = np.tile(np.arange(10), 60)  # easy to learn: the next number
 CONFIG = GPTConfig(
@@ -32,7 +33,7 @@ def test_it_learns():
     assert [report.step for report in reports] == list(range(21))
     evaluated = [report.step for report in reports if report.val_loss is not None]
     assert evaluated == [0, 5, 10, 15, 20] == [step for step, _ in trainer.evaluations]
-    assert reports[0] == Report(0, None, trainer.evaluations[0][1])
+    assert reports[0] == Report(0, val_loss=trainer.evaluations[0][1], best=True)
     assert [report.loss for report in reports[1:]] == trainer.losses
     assert abs(reports[0].val_loss - math.log(12)) < 0.1  # at first, all tokens are as likely
     assert reports[-1].val_loss < 0.6 * reports[0].val_loss
@@ -56,9 +57,9 @@ def test_resumed_training_is_the_same_bit_for_bit(tmp_path, stop):
 
     first = make_trainer()
     next(report for report in first.run() if report.step == stop)
-    save_training_state(tmp_path, first.state_dict())
+    save_training_state(tmp_path / "state", first.state_dict())
     random.manual_seed(99)  # as in a new process: nothing is left of the old state
-    second = Trainer.resume(load_training_state(tmp_path), TOKENS[:500], TOKENS[500:])
+    second = Trainer.resume(load_training_state(tmp_path / "state"), TOKENS[:500], TOKENS[500:])
     assert second.step == stop
     list(second.run())
 
@@ -83,6 +84,119 @@ def test_steps_may_be_raised_but_not_lowered():
         Trainer.resume(state, TOKENS[:499], TOKENS[500:])
     with pytest.raises(ValueError, match="another version"):
         Trainer.resume({**state, "version": 0}, TOKENS[:500], TOKENS[500:])
+    with pytest.raises(ValueError, match="trained on other tokens, as many as these"):
+        Trainer.resume(state, TOKENS[1:501], TOKENS[500:])
+
+
+def test_every_step_is_reported():
+    reports = list(make_trainer(replace(SETTINGS, accumulate=3)).run())
+    assert [report.tokens for report in reports] == [step * 3 * 4 * 8 for step in range(21)]
+    for report in reports[1:]:
+        assert report.learning_rate > 0 and report.grad_norm > 0 and report.seconds > 0
+    val_losses = [report.val_loss for report in reports if report.val_loss is not None]
+    bests = [report.best for report in reports if report.val_loss is not None]
+    assert bests == [loss == min(val_losses[: i + 1]) for i, loss in enumerate(val_losses)]
+    assert reports[-1].perplexity == pytest.approx(math.exp(val_losses[-1]))
+    assert reports[1].perplexity is None
+
+
+# --- accumulation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_accumulated_batches_are_one_large_batch(threads):
+    runs = []
+    for rows, accumulate in ((8, 1), (2, 4), (1, 8)):
+        settings = replace(SETTINGS, batch_size=rows, accumulate=accumulate, threads=threads)
+        random.manual_seed(0)
+        model = GPT(replace(CONFIG, drop_rate=0.0)).to(np.float64)
+        trainer = Trainer(model, TOKENS[:500], TOKENS[500:], settings)
+        list(trainer.run())
+        runs.append((trainer.losses, model.state_dict()))
+    for losses, weights in runs[1:]:
+        np.testing.assert_allclose(losses, runs[0][0], rtol=1e-10)
+        for name, array in weights.items():
+            np.testing.assert_allclose(array, runs[0][1][name], rtol=1e-6, atol=1e-9)
+
+
+def test_an_accumulated_gradient_holds_one_piece_at_a_time():
+    seen = []
+
+    class Watched(GPT):
+        def loss(self, ids, targets):
+            seen.append(ids.shape)
+            return super().loss(ids, targets)
+
+    random.manual_seed(0)
+    settings = replace(SETTINGS, batch_size=2, accumulate=3, threads=1)
+    Trainer(Watched(CONFIG), TOKENS[:500], TOKENS[500:], settings).training_step()
+    assert seen == [(2, 8)] * 3
+
+
+# --- what a setting reaches -----------------------------------------------------------------------
+
+
+def test_recomputed_training_is_the_same_bit_for_bit():
+    plain = make_trainer()
+    list(plain.run())
+    recomputed = make_trainer(replace(SETTINGS, recompute=True))
+    list(recomputed.run())
+    assert recomputed.model.recompute and not plain.model.recompute
+    assert plain.losses == recomputed.losses and plain.evaluations == recomputed.evaluations
+
+
+def test_matrices_and_tables_decay_and_tied_weights_once():
+    trainer = make_trainer()
+    decayed, others = trainer.optimizer.param_groups
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    assert decayed["weight_decay"] == SETTINGS.weight_decay and others["weight_decay"] == 0
+    assert "tok_emb.weight" in {names[id(p)] for p in decayed["params"]}
+    assert all(p.ndim == 2 for p in decayed["params"])
+    assert all(p.ndim == 1 for p in others["params"])
+    both = [id(p) for p in (*decayed["params"], *others["params"])]
+    assert len(both) == len(set(both)) == len(names)
+    assert trainer.model.out_head.weight is trainer.model.tok_emb.weight
+    total = sum(p.numel() for p in (*decayed["params"], *others["params"]))
+    assert total == trainer.model.num_parameters()
+
+
+# --- early stopping -------------------------------------------------------------------------------
+
+
+def impatient(losses, patience, steps=40):
+    """A trainer whose validation losses are given."""
+    trainer = make_trainer(replace(SETTINGS, steps=steps, eval_interval=2, patience=patience))
+    left = iter(losses)
+
+    def validate():
+        trainer.evaluations.append((trainer.step, next(left)))
+        return trainer.evaluations[-1][1]
+
+    trainer._validate = validate
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "stops", "best"),
+    [
+        ([5, 4, 3, 3.5, 3.2, 9, 9], 2, 8, 4),
+        ([5, 4, 3, 3, 2, 3, 3, 3], 2, 12, 8),  # an equal loss is no better
+        ([5, 5], 1, 2, 0),
+        ([5, 4, 6, 3, 6, 2, 6, 1], 2, 14, 14),  # the last step comes first
+    ],
+)
+def test_training_stops_when_validation_no_longer_improves(losses, patience, stops, best):
+    trainer = impatient(losses, patience, steps=14)
+    reports = list(trainer.run())
+    assert reports[-1].step == stops == trainer.step
+    assert trainer.best[0] == best == max(r.step for r in reports if r.best)
+    assert trainer.out_of_patience == (best < stops)
+    assert trainer.finished
+    state = copy.deepcopy(trainer.state_dict())
+    same = Trainer.resume(state, TOKENS[:500], TOKENS[500:])
+    assert same.finished and not list(same.run())
+    longer = Trainer.resume(state, TOKENS[:500], TOKENS[500:], steps=20, patience=9)
+    assert not longer.finished and next(longer.run()).step == stops + 1
 
 
 def test_validation_leaves_no_trace():
@@ -140,6 +254,9 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_change():
         ("lr", math.inf, "lr must be a number above 0, got inf"),
         ("grad_clip", -1.0, "grad_clip must be a number above 0"),
         ("weight_decay", -1.0, "weight_decay must be a number from 0 on"),
+        ("min_lr", 1e-2, r"min_lr must be at most lr \(0.001\), got 0.01"),
+        ("accumulate", 0, "accumulate must be at least 1, got 0"),
+        ("patience", 0, "patience must be at least 1, got 0"),
         ("warmup_steps", 21, r"warmup_steps must be 0 to steps \(20\), got 21"),
     ],
 )
@@ -162,6 +279,12 @@ def test_what_does_not_fit_the_model():
 
 
 def test_the_plot_is_a_png(tmp_path):
-    plot_losses(tmp_path / "loss.png", [3.0, 2.5, 2.2], [(0, 3.1), (3, 2.3)])
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
+    reports = [
+        Report(0, val_loss=3.1),
+        Report(1, 3.0, learning_rate=0.1),
+        Report(2, 2.5, 2.3, 0.05),
+    ]
+    for some in (reports, reports[:1], reports[1:2], []):
+        plot_training(tmp_path / "loss.png", some)
+        assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]

@@ -220,6 +220,24 @@ def test_text_that_looks_like_pieces(text):
     assert TRAINED.decode(TRAINED.encode_ordinary(text)) == text.replace("▁", " ")
 
 
+def test_what_hugging_face_reads_otherwise(tmp_path):
+    """A text that spells a byte's piece is that byte to their library: the exception that `save`
+    and chapter 1 name."""
+    tokenizers = pytest.importorskip("tokenizers")
+    TRAINED.save(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert theirs.decode(theirs.encode("<0x41>").ids) == "A"
+    assert TRAINED.decode(TRAINED.encode("<0x41>")) == "<0x41>"
+
+
+@pytest.mark.parametrize("text", ["  \n", " ", "\n", "a"])
+def test_white_space_is_text(text):
+    trained = UnigramTokenizer.train(text, 300)
+    assert trained.vocab_size == len(SPECIAL_TOKENS) + 256 + len(set(text))
+    assert trained.decode(trained.encode(text)) == text
+    assert max(trained.encode(text)) >= len(SPECIAL_TOKENS) + 256 - 1  # pieces, not bytes
+
+
 def test_very_long_words():
     for text in ("x" * 20_000, " " * 20_000, "the" * 5000):
         assert TRAINED.decode(TRAINED.encode(text)) == text
@@ -297,7 +315,7 @@ def test_save_and_load(tmp_path):
     ("make", "error", "message"),
     [
         (lambda: UnigramTokenizer.train("", 300), ValueError, "empty text"),
-        (lambda: UnigramTokenizer.train("<s>", 300), ValueError, "empty text"),
+        (lambda: UnigramTokenizer.train("<s>", 300), ValueError, "besides special tokens"),
         (lambda: UnigramTokenizer.train("ab", 260), ValueError, "at least 261 (259 special"),
         (lambda: UnigramTokenizer.train("ab", 300.0), TypeError, "integer"),
         (lambda: UnigramTokenizer.train("ab", 300, ["<s>"]), ValueError, "must have '<unk>'"),
@@ -332,6 +350,12 @@ EDITS = {
     "different pieces, each": lambda c: edit_vocab(c, lambda v: v.append(["zqz", math.nan])),
     "each id 0..": lambda c: c | {"added_tokens": [{"content": "new", "id": 800}]},
     "has two ids": lambda c: c | {"added_tokens": [{"content": "<unk>", "id": 1}]},
+    "each with its log prob": lambda c: edit_vocab(c, lambda v: v.__setitem__(0, ["<unk>", "0"])),
+    "pieces, each with its log": lambda c: edit_vocab(c, lambda v: v[-1].__setitem__(1, -1e300)),
+    "a vocab of different pieces, each": lambda c: c["model"].update(vocab={"a1": 1}) or c,
+    "different pieces": lambda c: c["model"].update(vocab=[]) or c,
+    "unk_id is 7: expected the id of '<unk>'": lambda c: c["model"].update(unk_id=7) or c,
+    "byte_fallback to be true": lambda c: c["model"].update(byte_fallback="yes") or c,
     "must have '<unk>'": lambda c: edit_vocab(c, lambda v: v.__setitem__(0, ["zqz", 0.0])),
     "no '<0x02>'": lambda c: edit_vocab(c, lambda v: v.__setitem__(5, ["zqz", 0.0])),
     "expected Unigram": lambda c: c["model"].update(type="WordLevel") or c,

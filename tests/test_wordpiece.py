@@ -1,6 +1,7 @@
 """WordPiece: the score by hand and by a naive trainer, and Hugging Face's ids for what we save."""
 
 import json
+import math
 from collections import Counter
 from itertools import pairwise
 
@@ -66,6 +67,36 @@ def test_score_by_hand():
     learned = learn_pieces(words, 10)
     assert learned[:7] == ["##g", "##n", "##s", "##u", "b", "h", "p"]
     assert learned[7:] == ["##gs", "hu", "hugs"]
+
+
+def test_the_score_is_the_gain_in_likelihood_of_an_occurrence():
+    """As `learn_pieces` derives it, but with the likelihood of the whole text added up by pieces;
+    the pair with the largest gain for the whole text is another, the most frequent one here."""
+    words = {"hug": 10, "pug": 5, "pun": 12, "bun": 4, "hugs": 5}
+    spelled = [([word[0], *("##" + c for c in word[1:])], n) for word, n in words.items()]
+    counts, pairs = Counter(), Counter()
+    for pieces, n in spelled:
+        counts.update({piece: n for piece in pieces})  # no word has a letter twice
+        pairs.update({pair: n for pair in pairwise(pieces)})
+    total = sum(counts.values())
+
+    def log_likelihood(joined=None):
+        """Of the text, with one pair joined to a piece of its own."""
+        result = 0.0
+        for pieces, n in spelled:
+            result += n * sum(math.log(counts[piece] / total) for piece in pieces)
+            if joined in pairwise(pieces):
+                result -= n * sum(math.log(counts[piece] / total) for piece in joined)
+                result += n * math.log(pairs[joined] / total)
+        return result
+
+    gain = {pair: log_likelihood(pair) - log_likelihood() for pair in pairs}
+    score = {(a, b): n / (counts[a] * counts[b]) for (a, b), n in pairs.items()}
+    for pair, n in pairs.items():
+        assert gain[pair] / n == pytest.approx(math.log(total) + math.log(score[pair]))
+    assert max(pairs, key=lambda pair: gain[pair] / pairs[pair]) == ("##g", "##s")
+    assert learn_pieces(words, 8)[-1] == "##gs"
+    assert max(pairs, key=gain.__getitem__) == ("##u", "##g") == max(pairs, key=pairs.__getitem__)
 
 
 def naive_pieces(word_counts, n_pieces, min_frequency):
@@ -201,6 +232,8 @@ def test_save_and_load(tmp_path, lowercase):
     ("make", "error", "message"),
     [
         (lambda: WordPieceTokenizer.train(" ", 10), ValueError, "empty text"),
+        (lambda: WordPieceTokenizer.train("  \n", 10), ValueError, "white space"),
+        (lambda: WordPieceTokenizer.train("\x00", 10), ValueError, "control characters"),
         (lambda: WordPieceTokenizer.train("[UNK]", 10), ValueError, "empty text"),
         (lambda: WordPieceTokenizer.train("ab", 6), ValueError, "at least 7 (5 special tokens and"),
         (lambda: WordPieceTokenizer.train("ab", 9.0), TypeError, "integer"),
@@ -225,7 +258,10 @@ EDITS = {
     "is of another kind": lambda c: c | {"normalizer": None},
     "pre_tokenizer is of another kind": lambda c: c | {"pre_tokenizer": {"type": "Whitespace"}},
     "must have '[UNK]'": lambda c: c | {"added_tokens": []},
-    "each id 0..": lambda c: c["model"]["vocab"].pop("##e") and c,
+    "each id 0..598 once": lambda c: c["model"]["vocab"].pop("##e") and c,
+    "'[CLS]' has two ids, 2 and 3": lambda c: c["added_tokens"][2].update(id=3) or c,
+    "half a surrogate": lambda c: c["model"]["vocab"].update({"\ud83d": 600}) or c,
+    "each id 0..": lambda c: c["model"]["vocab"].update({"##e": 10**30}) or c,
     "whole number": lambda c: c["model"]["vocab"].update({"##e": "1"}) or c,
     "vocab to map tokens": lambda c: c["model"].update(vocab=[]) or c,
     "continuing_subword_prefix": lambda c: c["model"].update(continuing_subword_prefix="@@") or c,

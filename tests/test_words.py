@@ -1,8 +1,10 @@
 """The word tokenizer: the book's own ids, and Hugging Face's for what we save."""
 
+import json
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import old_text, verdict
 
@@ -87,7 +89,7 @@ def test_toy_vocabulary_of_the_notes():
     assert tokenizer.encode("Bye, world!") == [987, 455, 78, 467]
     assert tokenizer.decode([987, 455, 78, 467]) == "[UNK], world!"
     assert tokenizer.vocab_size == 988  # an embedding needs a row for id 987
-    with pytest.raises(IndexError, match="token id 65 is outside"):
+    with pytest.raises(IndexError, match=r"65 is outside .* has 5 of the ids 0\.\.987, and not"):
         tokenizer.decode([65])
 
 
@@ -138,7 +140,8 @@ def same(first, second):
     [
         TOKENIZER,
         WordTokenizer.train(TEXT, (), None),
-        WordTokenizer({"a": 7, "[UNK]": 3}, "[UNK]"),
+        WordTokenizer({"a": 1, "[UNK]": 0}, "[UNK]"),
+        WordTokenizer({"a": 1, "b": 0}, "b", []),
         WordTokenizer.train(TEXT, ["[EOS]"], None),
     ],
 )
@@ -146,6 +149,87 @@ def test_save_and_load(tmp_path, tokenizer):
     tokenizer.save(tmp_path / "new")
     assert same(WordTokenizer.load(tmp_path / "new"), tokenizer)
     assert same(load(tmp_path / "new"), tokenizer)
+
+
+def test_ids_with_holes_stay_in_memory(tmp_path):
+    """In a file, a hole is damage: a word that was lost."""
+    with pytest.raises(ValueError, match=r"tokenizer\.json: expected each id 0\.\.1 once"):
+        WordTokenizer({"a": 7, "[UNK]": 3}, "[UNK]").save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def vocab(content):
+    return content["model"]["vocab"]
+
+
+EDITS = {
+    "vocabulary is empty": lambda c: c["model"].update(vocab={}) or c | {"added_tokens": []},
+    "expected each id 0..24 once, for its 25 tokens": lambda c: vocab(c).pop("test") and c,
+    "expected each id 0..25 once": lambda c: vocab(c).update(test=2**40) or c,
+    "each id 0..25 once, for its 26": lambda c: vocab(c).update(test=-1) or c,
+    "each id 0..25 once, for": lambda c: vocab(c).update(test=0) or c,
+    "a whole number": lambda c: vocab(c).update(test=1.0) or c,
+    "whole number as the id": lambda c: vocab(c).update(test=True) or c,
+    "whole number as the id of each token": lambda c: vocab(c).update(test="1") or c,
+    "expected the model's vocab to map": lambda c: c["model"].update(vocab=[["a", 0]]) or c,
+    "half a surrogate": lambda c: vocab(c).update({"\ud83d": 26}) or c,
+    "has two ids, 25 and 5": lambda c: c["added_tokens"][1].update(id=5) or c,
+    "added_tokens with a content": lambda c: c.pop("added_tokens") and c,
+    "added_tokens with a": lambda c: c | {"added_tokens": {}.get("none")},
+    "added_tokens with": lambda c: c["added_tokens"][0].update(content="") or c,
+    "'[UNK]' is not in the vocab": lambda c: c["model"].update(unk_token="[UNK]") or c,
+    "the name of the model's unk_token": lambda c: c["model"].update(unk_token=None) or c,
+    "name of the model's unk_token": lambda c: c["model"].pop("unk_token") and c,
+    "expected WordLevel": lambda c: c["model"].update(type="BPE") or c,
+    "type 'unknown'": lambda c: c | {"model": []},
+    "pre_tokenizer is of another kind": lambda c: c | {"pre_tokenizer": None},
+    "normalizer is of another kind": lambda c: c | {"normalizer": {"type": "NFC"}},
+    "holds a JSON list: expected one JSON object": lambda c: [c],
+    "holds a JSON NoneType": lambda c: None,
+}
+
+
+@pytest.mark.parametrize("message", EDITS)
+def test_an_edited_file(tmp_path, message):
+    TOKENIZER.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = EDITS[message](json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError) as caught:
+        WordTokenizer.load(tmp_path)
+    assert message in str(caught.value) and str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+DAMAGE = {
+    "is not valid JSON (line 1": b"words",
+    "is not valid JSON (line 2": b'{"model":\n',
+    "is not UTF-8 at byte offset 2": b'{"\xff": 1}',
+    "the nesting has no end": b"[" * 100_000,
+    "a number or": b'{"model": ' + b"1" * 5000 + b"}",
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_a_file_that_is_no_json(tmp_path, message):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(DAMAGE[message])
+    for open_it in (WordTokenizer.load, load):
+        with pytest.raises(ValueError) as caught:
+            open_it(tmp_path)
+        assert message in str(caught.value) and str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 10_000))
+def test_a_file_cut_short(tmp_path_factory, length):
+    folder = tmp_path_factory.mktemp("cut")
+    TOKENIZER.save(folder)
+    path = folder / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[: min(length, path.stat().st_size - 1)])
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not"):
+        load(folder)
 
 
 def test_more_tokens(tmp_path):
@@ -166,6 +250,8 @@ def test_more_tokens(tmp_path):
     ("make", "error", "message"),
     [
         (lambda: WordTokenizer.train(" \n"), ValueError, "empty text"),
+        (lambda: WordTokenizer.train(""), ValueError, "empty text"),
+        (lambda: WordTokenizer.train(f"{END} {UNKNOWN}"), ValueError, "white space"),
         (lambda: WordTokenizer.train(b"a"), TypeError, "must be str, got bytes"),
         (lambda: WordTokenizer.train("a", END), TypeError, "list of texts"),
         (lambda: WordTokenizer.train("a", [END]), ValueError, "'<|unk|>' is not in the vocab"),

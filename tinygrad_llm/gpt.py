@@ -21,6 +21,7 @@ from .nn import (
     Parameter,
     TransformerBlock,
     no_init,
+    recompute,
     segment_mask,
     segment_positions,
 )
@@ -134,8 +135,15 @@ class GPT(Module):
     init        "gpt2": as init_weights says; "torch": each layer as PyTorch starts it, from the
                 first to the last, which gives the numbers of the book that this follows
 
+    With tie_weights, "torch" draws the table and no head. PyTorch code that makes both and then
+    ties them draws both, so what it draws next comes from further on in the stream; and where it
+    is the table that is replaced, tokens start uniform in ±1/√C, as a head does.
+
     Weights that are about to be loaded need not be drawn: `with nn.no_init(): model = GPT(cfg)`.
+    `model.recompute = True` saves memory in training: each block runs through nn.recompute.
     """
+
+    recompute = False
 
     def __init__(self, cfg: GPTConfig, generator: Generator | None = None, init: str = "gpt2"):
         if not isinstance(cfg, GPTConfig):
@@ -189,9 +197,13 @@ class GPT(Module):
                 normal_(parameter, 0.0, 0.02, generator)
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
-        """PyTorch's start: matrices uniform in ±1/√in, tables N(0, 1); a head that is tied to its
-        table stays so.
+        """PyTorch's start: matrices uniform in ±1/√in, tables N(0, 1), norms that only normalise; a
+        head that is tied to its table stays so, and is not drawn.
         """
+        for module in self.modules():
+            if isinstance(module, LayerNorm):
+                constant_(module.weight, 1.0)
+                constant_(module.bias, 0.0)
         tied = self.cfg.tie_weights
         layers = [self.tok_emb, self.pos_emb]
         for block in self.blocks:
@@ -240,7 +252,10 @@ class GPT(Module):
         x = self.drop_emb(x)  # (B, T, C)
         layers = [None] * len(self.blocks) if cache is None else cache.layers
         for block, layer in zip(self.blocks, layers, strict=True):
-            x = block(x, mask, layer)  # (B, T, C)
+            if self.recompute and cache is None:
+                x = recompute(block, x, mask, generator=self.drop_emb.generator)  # (B, T, C)
+            else:
+                x = block(x, mask, layer)  # (B, T, C)
         return self.final_norm(x)  # (B, T, C)
 
     def new_cache(self, batch: int = 1, padding: ArrayLike | None = None) -> KVCache:
@@ -269,9 +284,9 @@ class GPT(Module):
     def resize_token_embeddings(self, vocab_size: int, generator: Generator | None = None) -> None:
         """Rows for new tokens: tok_emb and out_head grow to `vocab_size`, the old rows stay.
 
-        The logits of the old ids are unchanged. New rows start as N(0, 0.02), as GPT-2's did; they
-        are new parameters, so make the optimizer afterwards. Raises ValueError for fewer rows than
-        there are: a token would be lost.
+        The logits of the old ids are unchanged. New rows start as N(0, 0.02), as GPT-2's did, with
+        init="torch", too; they are new parameters, so make the optimizer afterwards. Raises
+        ValueError for fewer rows than there are: a token would be lost.
         """
         old = self.cfg.vocab_size
         check_sizes("resize_token_embeddings", vocab_size=vocab_size)

@@ -49,44 +49,61 @@ class Shards:
             with no_grad():
                 return model.loss(ids, targets).item() * weight
 
-        return sum(self._each(shard, model, ids, targets))
+        return sum(self._each(shard, model, ids, targets, 1.0))
 
-    def backward(self, model: GPT, ids: NDArray, targets: NDArray) -> float:
-        """The same; and .grad of every parameter is its gradient, whatever it was before."""
+    def backward(self, model: GPT, ids: NDArray, targets: NDArray, pieces: int = 1) -> float:
+        """The same; and .grad of every parameter is its gradient, whatever it was before.
+
+        With more `pieces`, the rows take turns: the same mean and gradient, up to rounding, in the
+        memory that one piece needs (gradient accumulation).
+        """
 
         def shard(ids, targets, weight):
             loss = model.loss(ids, targets)
             return loss.item() * weight, leaf_gradients(loss, weight)
 
-        losses, gradients = zip(*self._each(shard, model, ids, targets))
+        total, gradients = 0.0, {}
+        for rows, weight in _shares(targets, pieces):
+            found = self._each(shard, model, ids[rows], targets[rows], weight)
+            total += sum(loss for loss, _ in found)
+            for _, of_shard in found:
+                _add(gradients, of_shard)
         for parameter in model.parameters():
-            parameter.grad = _sum([found.get(id(parameter)) for found in gradients])
-        return sum(losses)
+            parameter.grad = gradients.get(id(parameter))
+        return total
 
-    def _each(self, shard: Callable, model: GPT, ids: NDArray, targets: NDArray) -> list[Any]:
-        """shard(ids, targets, weight) for each thread's rows; weights are shares of the mean."""
-        draws_masks = model.training and model.cfg.drop_rate > 0
-        if self._pool is None or draws_masks or len(ids) == 1:
-            return [shard(ids, targets, 1.0)]
-        counted = np.sum(targets != IGNORED)
-        rows = [r for r in np.array_split(np.arange(len(ids)), self.threads) if r.size]
-        rows = [r for r in rows if np.any(targets[r] != IGNORED)]
-        if not rows:
-            return [shard(ids, targets, 1.0)]
+    def _each(
+        self, shard: Callable, model: GPT, ids: NDArray, targets: NDArray, whole: float
+    ) -> list[Any]:
+        """shard(ids, targets, weight) for each thread's rows; the weights add up to `whole`."""
+        draws_masks = model.training and any(map(model.cfg.dropout, ("emb", "attn", "shortcut")))
+        shares = _shares(targets, 1 if draws_masks else self.threads)
+        if len(shares) == 1:
+            return [shard(ids, targets, whole)]
         reading = backend.current.reading  # of this thread: the others follow it
 
-        def run(r):
+        def run(share):
+            rows, weight = share
             with backend.using(reading), np.errstate(all="ignore"):
-                weight = np.sum(targets[r] != IGNORED) / counted
-                return shard(ids[r], targets[r], float(weight))
+                return shard(ids[rows], targets[rows], whole * weight)
 
         with self._blas.limit(limits=1, user_api="blas"):
-            return list(self._pool.map(run, rows))
+            return list(self._pool.map(run, shares))
 
 
-def _sum(gradients: list[Tensor | None]) -> Tensor | None:
-    """The sum of one parameter's gradients from all shards, in the first one's memory."""
-    total, *others = [g for g in gradients if g is not None] or [None]
-    for gradient in others:
-        total.data += gradient.data
-    return total
+def _shares(targets: NDArray, n: int) -> list[tuple[NDArray, float]]:
+    """The rows of (B, T) targets in n parts, and their shares of the mean over all that count."""
+    counted = np.sum(targets != IGNORED, axis=1)  # (B,)
+    parts = [rows for rows in np.array_split(np.arange(len(targets)), n) if counted[rows].any()]
+    if len(parts) <= 1:
+        return [(np.arange(len(targets)), 1.0)]
+    return [(rows, float(counted[rows].sum() / counted.sum())) for rows in parts]
+
+
+def _add(gradients: dict[int, Tensor], more: dict[int, Tensor]) -> None:
+    """Adds up gradients by parameter, in the memory of the first ones."""
+    for i, gradient in more.items():
+        if i in gradients:
+            gradients[i].data += gradient.data
+        else:
+            gradients[i] = gradient

@@ -7,13 +7,15 @@ so the numbers that are printed in books. It is made of
     uniform     the lowest 24 bits of a word, times 2⁻²⁴; in float64 the lowest 53 bits of two
                 words, the first of them the higher, times 2⁻⁵³
     normal      pairs of them from pairs of uniform numbers (Box and Muller, 1958)
-    choices     True if a float64 is below p; an index by an exponential race
+    choices     True if a uniform number is below p; an index by an exponential race, or by a
+                search in the sums of the probabilities
 
-Where PyTorch is built with Intel's MKL, as on Linux, it draws masks and indices otherwise: for
-these the stream is that of its other builds, macOS among them.
+Where PyTorch is built with Intel's MKL, as on Linux, it draws the masks of one p and the races
+otherwise: for these the stream is that of its other builds, macOS among them.
 """
 
 import math
+import operator
 
 import numpy as np
 
@@ -54,14 +56,12 @@ class Generator:
         """Continues where get_state() was called. ValueError for what is no state."""
         try:
             key = np.frombuffer(bytes.fromhex(state["key"]), "<u4")
-            if (
-                state["generator"] != "MT19937"
-                or key.shape != (624,)
-                or not 0 <= state["pos"] <= 624
-            ):
+            pos, spare = operator.index(state["pos"]), state["spare"]
+            if state["generator"] != "MT19937" or key.shape != (624,) or not 0 <= pos <= 624:
                 raise ValueError("not of MT19937")
-            twister = {"key": key, "pos": int(state["pos"])}
-            spare = None if state["spare"] is None else float(state["spare"])
+            if spare is not None and not math.isfinite(spare):
+                raise ValueError(f"its spare number is {spare}")
+            twister = {"key": key, "pos": pos}
             self._numpy.bit_generator.state = {"bit_generator": "MT19937", "state": twister}
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"this is no state of a random generator: {error}") from None
@@ -70,22 +70,27 @@ class Generator:
     # --- numbers ----------------------------------------------------------------------------------
 
     def uniform(self, low, high, shape, dtype=np.float32):
-        """Uniform numbers in [low, high), an array."""
-        dtype = np.dtype(dtype)
+        """Uniform numbers in [low, high), an array of float32 or float64."""
+        dtype, low, high = _float(dtype), float(low), float(high)
+        if not 0 <= high - low <= float(np.finfo(dtype).max):
+            raise ValueError(f"there are no uniform numbers of {dtype} from {low} to below {high}")
         low, high = dtype.type(low), dtype.type(high)
         # In float64, and rounded once, as by the processor's fused multiply-add.
         width, low = np.float64(high - low), np.float64(low)
         return self._fill(shape, dtype, lambda n: self._uniform(n, dtype) * width + low)
 
     def normal(self, mean, std, shape, dtype=np.float32):
-        """Normal numbers, an array.
+        """Normal numbers, an array of float32 or float64.
 
         16 and more are made in blocks of 16 uniform numbers u: r = √(-2 log(1 - u_j)) for the first
         half, the angle 2π u_{j+8} for the second; if the last block is not full, the last 16 are
         drawn again. Fewer are made one by one, each pair of two float64 u, u': with
         r = √(-2 log(1 - u')), r cos 2πu is the number, and r sin 2πu the next one.
         """
-        dtype, n = np.dtype(dtype), math.prod(shape)
+        dtype, shape, mean, std = _float(dtype), _shape(shape), float(mean), float(std)
+        if not std >= 0:
+            raise ValueError(f"a standard deviation is 0 or more, not {std}")
+        n = math.prod(shape)
         if n < 16:
             x = np.array([self._one_normal() * std + mean for _ in range(n)], np.float64)
             return x.astype(dtype).reshape(shape)
@@ -96,10 +101,12 @@ class Generator:
 
     def bernoulli(self, p, shape):
         """True with probability p, an array of booleans."""
+        _check_probabilities(p)
         return self._fill(shape, bool, lambda n: self._uniform(n, np.float64) < p)
 
     def integers(self, low, high, size):
         """Integers in low..high-1, an array of int64."""
+        low, high = operator.index(low), operator.index(high)
         if not low < high:
             raise ValueError(f"there is no integer from {low} to below {high}")
         draw = self.words if high - low < 1 << 28 else self._double_words
@@ -108,24 +115,50 @@ class Generator:
 
     def permutation(self, n):
         """0..n-1 in random order, an array of int64: each place in turn gets one of those left."""
+        (n,) = _shape(n)
         order, places = list(range(n)), np.arange(max(n - 1, 0))
         for i, j in enumerate((places + self.words(len(places)) % (n - places)).tolist()):
             order[i], order[j] = order[j], order[i]
         return np.array(order, np.int64)
 
-    def multinomial(self, probabilities):
-        """An index drawn with the given probabilities, along the last axis: (..., n) -> (...).
+    def multinomial(self, probabilities, num_samples=None, replacement=False):
+        """Indices drawn with the given probabilities, along the last axis: one, (..., n) -> (...),
+        or several, (..., n) -> (..., num_samples); an array of int64.
 
-        The largest p_i / q_i wins, q_i exponential: a race in which i has the speed p_i.
-        Raises ValueError for what is no probabilities, up to a factor.
+        The largest p_i / q_i win, q_i exponential: a race in which i has the speed p_i. Several
+        with replacement: each the first i at which p_0 + ... + p_i, of a sum of 1, reaches a
+        uniform number. Raises ValueError for what is no probabilities, up to a factor, and for
+        more samples than there are indices to draw.
         """
         p = np.asarray(probabilities)
-        if p.dtype.kind != "f" or not (p >= 0).all() or not 0 < p.sum(axis=-1).min() < np.inf:
+        total = p.sum(axis=-1, keepdims=True)
+        fit = p.ndim and p.dtype.kind == "f" and (p >= 0).all()
+        if not fit or not ((total > 0) & (total < np.inf)).all():
             raise ValueError(
                 "multinomial draws with floats of 0 and more whose sum is finite, not 0"
             )
+        k = 1 if num_samples is None else operator.index(num_samples)
+        if k < 1:
+            raise ValueError(f"multinomial: num_samples is 1 or more, not {k}")
+        if replacement and k > 1:
+            return self._with_replacement(p, k)
+        if (np.count_nonzero(p, axis=-1) < k).any():
+            raise ValueError(
+                f"multinomial: {k} samples without replacement need as many probabilities above 0"
+            )
         u = self._fill(p.shape, np.float64, lambda n: self._uniform(n, np.float64))
-        return np.argmax(p / -np.log1p(-u).astype(p.dtype), axis=-1)
+        speeds = p / -np.log1p(-u).astype(p.dtype)
+        if num_samples is None:
+            return np.argmax(speeds, axis=-1)
+        return np.argsort(-speeds, axis=-1, kind="stable")[..., :k]
+
+    def _with_replacement(self, p, k):
+        """k indices for each row of p, (..., n) -> (..., k)."""
+        sums = np.cumsum(p, axis=-1)
+        sums = sums / sums[..., -1:]
+        u = self._fill((*p.shape[:-1], k), np.float64, lambda n: self._uniform(n, np.float64))
+        rows = zip(sums.reshape(-1, p.shape[-1]), u.reshape(-1, k))
+        return np.array([np.searchsorted(s, v) for s, v in rows], np.int64).reshape(u.shape)
 
     # --- words ------------------------------------------------------------------------------------
 
@@ -154,7 +187,7 @@ class Generator:
 
     def _fill(self, shape, dtype, draw):
         """An array of what draw(n) gives, a chunk at a time."""
-        shape = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
+        shape = _shape(shape)
         x = np.empty(math.prod(shape), dtype)
         for start in range(0, len(x), _CHUNK):
             part = x[start : start + _CHUNK]
@@ -171,6 +204,33 @@ def _box_muller(u):
     return u
 
 
+# --- arguments ------------------------------------------------------------------------------------
+
+
+def _shape(shape):
+    """A tuple of lengths, from a tuple, a list or a single integer."""
+    lengths = tuple(shape) if isinstance(shape, tuple | list) else (shape,)
+    if not all(isinstance(n, int | np.integer) and n >= 0 for n in lengths):
+        raise ValueError(f"a shape is made of integers of 0 and more, not {shape!r}")
+    return lengths
+
+
+def _float(dtype):
+    dtype = np.dtype(dtype)
+    if dtype not in (np.float32, np.float64):
+        raise TypeError(f"random numbers are drawn as float32 or float64, not {dtype}")
+    return dtype
+
+
+def _check_probabilities(p):
+    p = np.asarray(p)
+    wrong = p[~((p >= 0) & (p <= 1))]
+    if wrong.size:
+        raise ValueError(f"a probability is a number between 0 and 1, not {wrong[0]}")
+
+
+# --- PyTorch's functions --------------------------------------------------------------------------
+
 default_generator = Generator()
 
 
@@ -179,21 +239,61 @@ def manual_seed(seed):
     return default_generator.manual_seed(seed)
 
 
-def rand(*shape, requires_grad=False):
-    """Uniform numbers in [0, 1), a float32 Tensor."""
-    return Tensor(default_generator.uniform(0.0, 1.0, shape), requires_grad)
+def rand(*size, generator=None, dtype=np.float32, requires_grad=False):
+    """Uniform numbers in [0, 1), a Tensor: rand(2, 3) or rand((2, 3))."""
+    return Tensor(_or_default(generator).uniform(0.0, 1.0, _flat(size), dtype), requires_grad)
 
 
-def randn(*shape, requires_grad=False):
-    """Standard normal numbers, a float32 Tensor."""
-    return Tensor(default_generator.normal(0.0, 1.0, shape), requires_grad)
+def randn(*size, generator=None, dtype=np.float32, requires_grad=False):
+    """Standard normal numbers, a Tensor: randn(2, 3) or randn((2, 3))."""
+    return Tensor(_or_default(generator).normal(0.0, 1.0, _flat(size), dtype), requires_grad)
 
 
-def randint(low, high, shape):
-    """Integers in low..high-1, an int64 Tensor."""
-    return Tensor(default_generator.integers(low, high, shape))
+def uniform(low, high, size, generator=None, dtype=np.float32):
+    """Uniform numbers in [low, high), a Tensor."""
+    return Tensor(_or_default(generator).uniform(low, high, size, dtype))
 
 
-def randperm(n):
+def normal(mean, std, size, generator=None, dtype=np.float32):
+    """Normal numbers, a Tensor; mean and std are numbers."""
+    return Tensor(_or_default(generator).normal(mean, std, size, dtype))
+
+
+def bernoulli(probabilities, generator=None):
+    """1.0 with the probability that stands at its place, else 0.0: a Tensor of the same shape and
+    dtype.
+    """
+    p = Tensor(probabilities).data
+    _check_probabilities(p)
+    u = _or_default(generator).uniform(0.0, 1.0, p.shape, p.dtype)
+    return Tensor((u < p).astype(p.dtype))
+
+
+def randint(low, high, size=None, generator=None):
+    """Integers in low..high-1, an int64 Tensor; randint(high, size) begins at 0."""
+    if size is None:
+        low, high, size = 0, low, high
+    return Tensor(_or_default(generator).integers(low, high, size))
+
+
+def randperm(n, generator=None):
     """0..n-1 in random order, an int64 Tensor."""
-    return Tensor(default_generator.permutation(n))
+    return Tensor(_or_default(generator).permutation(n))
+
+
+def multinomial(probabilities, num_samples, replacement=False, generator=None):
+    """Indices drawn with the given probabilities, an int64 Tensor: (..., n) -> (..., num_samples).
+
+    Without replacement all are different. Raises ValueError as Generator.multinomial does.
+    """
+    p = Tensor(probabilities).data
+    return Tensor(_or_default(generator).multinomial(p, num_samples, replacement))
+
+
+def _or_default(generator):
+    return default_generator if generator is None else generator
+
+
+def _flat(size):
+    """(2, 3) from f(2, 3) and from f((2, 3))."""
+    return size[0] if len(size) == 1 else size

@@ -27,10 +27,19 @@ class _Recording(threading.local):
 _recording = _Recording()
 
 
-@contextlib.contextmanager
 def no_grad():
     """Nothing is recorded inside: results do not require grad, and no memory is kept for them."""
-    before, _recording.on = _recording.on, False
+    return _recorded(False)
+
+
+def enable_grad():
+    """Inside, results are recorded again, also within `no_grad()`."""
+    return _recorded(True)
+
+
+@contextlib.contextmanager
+def _recorded(on):
+    before, _recording.on = _recording.on, on
     try:
         yield
     finally:
@@ -416,6 +425,26 @@ def leaf_gradients(y, gradient=None):
         found[id(leaf)] = Tensor(gradient if owned else gradient.copy())
 
     _walk(y, gradient, collect, None, False, False)
+    return found
+
+
+def result_of(implementation, data, inputs, saved):
+    """A Tensor with this data whose gradient implementation.vjp hands on to the inputs."""
+    return _fill(Tensor.__new__(Tensor), data, True, (implementation, inputs, {}, saved))
+
+
+def outer_tensors(y, mark):
+    """The Tensors older than `mark`, a Tensor, that y was made of and that require a gradient."""
+    found, seen, stack = [], {id(y)}, [y]
+    while stack:
+        tensor = stack.pop()
+        if tensor._age < mark._age:
+            found.append(tensor)
+            continue
+        for x in (tensor._node and tensor._node[1]) or ():
+            if isinstance(x, Tensor) and x.requires_grad and id(x) not in seen:
+                seen.add(id(x))
+                stack.append(x)
     return found
 
 

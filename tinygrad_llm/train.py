@@ -3,7 +3,9 @@
 `Trainer.training_step` is all of it in ten lines; the rest is measuring, checking and remembering.
 """
 
+import hashlib
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import random
+from . import __version__, random
 from .data import RandomBatches, Windows
 from .data.files import atomic_write
 from .generate import evaluating
@@ -21,7 +23,7 @@ from .nn import no_init
 from .optim import AdamW, clip_grad_norm_, decay_groups, warmup_cosine
 from .parallel import Shards, default_threads
 
-STATE_VERSION = 1  # of Trainer.state_dict
+STATE_VERSION = 2  # of Trainer.state_dict
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,19 @@ class TrainSettings:
     """How to train. Raises ValueError for a number out of range.
 
     steps           updates of the weights, in all
-    batch_size      windows of text in one step
+    batch_size      windows of text that are computed at a time
+    accumulate      such batches in one step: their gradient is that of one large batch
     context         tokens in one window
     lr              learning rate at its highest
     min_lr          learning rate at the end of the cosine
     warmup_steps    steps in which the learning rate rises to its highest
-    weight_decay    pull of the matrices towards zero (AdamW)
+    weight_decay    pull of the matrices and tables towards zero (AdamW); vectors feel none
     grad_clip       greatest length of the gradient, all parameters together
     eval_interval   steps from one validation loss to the next
     eval_batches    batches of validation text, at most, for one validation loss
+    patience        validation losses in a row that may be no better than the best before training
+                    stops; None: it never does
+    recompute       compute activations again in backward instead of keeping them
     seed            of the order in which windows are drawn
     threads         that share out the rows of a batch; the same number repeats a run bit for bit;
                     with dropout only one is used
@@ -46,6 +52,7 @@ class TrainSettings:
     steps: int
     batch_size: int
     context: int
+    accumulate: int = 1
     lr: float = 1e-3
     min_lr: float = 1e-4
     warmup_steps: int = 0
@@ -53,6 +60,8 @@ class TrainSettings:
     grad_clip: float = 1.0
     eval_interval: int = 100
     eval_batches: int = 10
+    patience: int | None = None
+    recompute: bool = False
     seed: int = 0
     threads: int = field(default_factory=default_threads)
 
@@ -61,11 +70,13 @@ class TrainSettings:
             "steps",
             "batch_size",
             "context",
+            "accumulate",
             "eval_interval",
             "eval_batches",
+            "patience",
             "threads",
         ):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "grad_clip"):
             if not 0 < getattr(self, name) < math.inf:
@@ -73,26 +84,57 @@ class TrainSettings:
         for name in ("min_lr", "weight_decay", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number from 0 on, got {getattr(self, name)}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr must be at most lr ({self.lr:g}), got {self.min_lr:g}")
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(
                 f"warmup_steps must be 0 to steps ({self.steps}), got {self.warmup_steps}"
             )
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one update of the weights has learned from."""
+        return self.batch_size * self.accumulate * self.context
+
 
 @dataclass(frozen=True)
 class Report:
-    """What is known after a step: losses are means per token in nats, None where not computed."""
+    """What is known after a step; None where it was not computed.
+
+    loss            of the step's batches before its update: mean per token, in nats
+    val_loss        of the validation text, after the update
+    learning_rate   that the step was taken with
+    grad_norm       length of the gradient before it was clipped
+    tokens          that training has seen so far
+    seconds         that the step took
+    best            whether val_loss is below all earlier ones
+    """
 
     step: int
-    loss: float | None
-    val_loss: float | None
+    loss: float | None = None
+    val_loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens: int = 0
+    seconds: float | None = None
+    best: bool = False
+
+    @property
+    def perplexity(self) -> float | None:
+        """e^val_loss: between how many equally likely tokens the model is in doubt."""
+        return None if self.val_loss is None else perplexity(self.val_loss)
+
+
+def perplexity(loss: float) -> float:
+    """e^loss, infinite where a float ends."""
+    return math.exp(loss) if loss < 709 else math.inf
 
 
 class Trainer:
     """Trains `model` on windows drawn from `train_tokens` (N,), validates on `val_tokens` (M,).
 
     `step` counts the updates done. `losses` has the training loss of each, `evaluations` the pairs
-    (step, validation loss).
+    (step, validation loss), `grad_norm` the length of the last gradient before it was clipped.
     Raises ValueError if the context is longer than the model's or a text shorter than one window,
     IndexError for token ids that the model does not have.
     """
@@ -104,37 +146,43 @@ class Trainer:
         self.model, self.settings, self.val_tokens = model, settings, val_tokens
         self.windows = random.Generator(settings.seed)
         self.dropout = model.drop_emb.generator or random.default_generator
-        self.batches = RandomBatches(
-            train_tokens, settings.batch_size, settings.context, self.windows
-        )
+        rows = settings.batch_size * settings.accumulate
+        self.batches = RandomBatches(train_tokens, rows, settings.context, self.windows)
+        model.recompute = settings.recompute
         groups = decay_groups(model, settings.weight_decay)
         self.optimizer = AdamW(groups, lr=settings.lr, betas=(0.9, 0.99))
         self.shards = Shards(settings.threads)
-        self.step = 0
+        self.fingerprint = _fingerprint(train_tokens, val_tokens)
+        self.step, self.grad_norm = 0, math.nan
         self.losses: list[float] = []
         self.evaluations: list[tuple[int, float]] = []
 
     def run(self) -> Iterator[Report]:
-        """Trains on to settings.steps and yields a Report after each step, and before the first.
+        """Trains until `finished` and yields a Report after each step, and before the first.
 
-        Between two reports all is in order: the caller may save the state, or leave the loop.
+        Between two reports all is in order: the caller may save the state, or leave the loop. When
+        patience has ended the run, the model has its last weights, not its best: who wants those
+        saves them at each report that is the `best`.
         Raises FloatingPointError for a loss or gradient that is nan or infinite, before the update.
         """
         if not self.evaluations:
-            yield Report(0, None, self._validate())
-        while self.step < self.settings.steps:
-            loss = self.training_step()
+            yield self._report(evaluate=True)
+        while not self.finished:
+            measured = {"learning_rate": self.learning_rate()}
+            start = time.perf_counter()
+            measured["loss"] = self.training_step()
+            measured["seconds"] = time.perf_counter() - start
             last = self.step == self.settings.steps
             due = last or self.step % self.settings.eval_interval == 0
-            yield Report(self.step, loss, self._validate() if due else None)
+            yield self._report(due, grad_norm=self.grad_norm, **measured)
 
     def training_step(self) -> float:
         """One update of the weights; returns the loss before it."""
-        ids, targets = next(self.batches)  # each (B, T)
+        s, (ids, targets) = self.settings, next(self.batches)  # each (accumulate * B, T)
         with np.errstate(all="ignore"):  # nan and infinity are looked for below
-            loss = self.shards.backward(self.model, ids, targets)
-            norm = clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
-            self._check_finite(loss, norm)
+            loss = self.shards.backward(self.model, ids, targets, s.accumulate)
+            self.grad_norm = clip_grad_norm_(self.model.parameters(), s.grad_clip)
+            self._check_finite(loss, self.grad_norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate()
             self.optimizer.step()
@@ -142,10 +190,34 @@ class Trainer:
         self.losses.append(loss)
         return loss
 
+    @property
+    def best(self) -> tuple[int, float]:
+        """Step and value of the lowest validation loss so far, the first one of equals."""
+        return min(self.evaluations, key=lambda evaluation: evaluation[1])
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether `patience` validation losses in a row were no better than the best."""
+        if self.settings.patience is None or not self.evaluations:
+            return False
+        since = len(self.evaluations) - 1 - self.evaluations.index(self.best)
+        return since >= self.settings.patience
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done, or patience has ended."""
+        return self.step >= self.settings.steps or self.out_of_patience
+
     def learning_rate(self) -> float:
         """The learning rate of the next step."""
         s = self.settings
         return warmup_cosine(self.step + 1, s.steps, s.warmup_steps, s.lr, minimum=s.min_lr)
+
+    def _report(self, evaluate: bool, **measured: float) -> Report:
+        val_loss = self._validate() if evaluate else None
+        best = evaluate and self.best[0] == self.step
+        tokens = self.step * self.settings.tokens_per_step
+        return Report(self.step, val_loss=val_loss, best=best, tokens=tokens, **measured)
 
     def _validate(self) -> float:
         s = self.settings
@@ -174,8 +246,10 @@ class Trainer:
         """
         return {
             "version": STATE_VERSION,
+            "versions": versions(),
             "config": self.model.cfg.to_dict(),
             "n_tokens": len(self.batches.tokens),
+            "fingerprint": self.fingerprint,
             "settings": asdict(self.settings),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -193,17 +267,20 @@ class Trainer:
         train_tokens: ArrayLike,
         val_tokens: ArrayLike,
         steps: int | None = None,
+        patience: int | None = None,
     ) -> "Trainer":
         """The trainer whose state_dict() this was, to be given the same tokens.
 
-        With more `steps` it goes on for longer, on the learning rates of the longer schedule; with
-        as many, every number is what it would have been without the interruption.
+        With more `steps` it goes on for longer, on the learning rates of the longer schedule, and
+        with another `patience` it stops at another time; otherwise every number is what it would
+        have been without the interruption.
         Raises ValueError for fewer steps than before, other tokens, or a state that does not fit.
         """
         if state.get("version") != STATE_VERSION:
             raise ValueError("this training state is of another version of the library")
         settings = TrainSettings(**state["settings"])
         steps = settings.steps if steps is None else steps
+        patience = settings.patience if patience is None else patience
         if steps < settings.steps:
             raise ValueError(
                 f"steps is {steps}, but it was {settings.steps}: it can only be raised"
@@ -215,7 +292,12 @@ class Trainer:
             )
         with no_init():
             model = GPT(GPTConfig.from_dict(state["config"]))
-        trainer = cls(model, train_tokens, val_tokens, replace(settings, steps=steps))
+        settings = replace(settings, steps=steps, patience=patience)
+        trainer = cls(model, train_tokens, val_tokens, settings)
+        if trainer.fingerprint != state["fingerprint"]:
+            raise ValueError(
+                "this run was trained on other tokens, as many as these: give it the same ones"
+            )
         model.load_state_dict(state["model"])
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.windows.set_state(state["windows"])
@@ -251,26 +333,54 @@ def evaluate(
     return total / count
 
 
-def plot_losses(
-    path: str | Path, losses: Sequence[float], evaluations: Sequence[tuple[int, float]]
-) -> None:
-    """Draws training and validation loss against the step into a PNG file.
-
-    losses          training loss of step 1, 2, ...
-    evaluations     pairs (step, validation loss)
-    """
+def plot_training(path: str | Path, reports: Sequence[Report]) -> None:
+    """Draws losses, perplexity and learning rate against the step into a PNG file."""
     from matplotlib.figure import Figure  # slow to import, and only needed here
+    from matplotlib.ticker import LogLocator
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(range(1, len(losses) + 1), losses, color="0.75", linewidth=1, label="training")
-    steps, values = zip(*evaluations, strict=True)
-    axes.plot(steps, values, marker="o", markersize=3, label="validation")
-    axes.set(xlabel="step", ylabel="loss per token (nats)")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    steps = [r for r in reports if r.loss is not None]
+    evaluations = [r for r in reports if r.val_loss is not None]
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    above, below = figure.subplots(2, sharex=True, height_ratios=[3, 1])
+    x, losses = [r.step for r in steps], [r.loss for r in steps]
+    above.plot(x, losses, color="0.75", linewidth=1, label="training")
+    x, losses = [r.step for r in evaluations], [r.val_loss for r in evaluations]
+    above.plot(x, losses, marker="o", markersize=3, label="validation")
+    above.set(ylabel="loss per token (nats)")
+    above.legend()
+    right = above.secondary_yaxis("right", functions=(_perplexities, _losses))
+    right.set(ylabel="perplexity")
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.yaxis.set_major_formatter("{x:,g}")
+    below.plot([r.step for r in steps], [r.learning_rate for r in steps])
+    below.set(xlabel="step", ylabel="learning rate")
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
+
+
+def _perplexities(losses):
+    return np.exp(np.minimum(losses, 700.0))
+
+
+def _losses(perplexities):
+    return np.log(np.maximum(perplexities, 1e-300))
+
+
+def versions() -> dict[str, str]:
+    """Of what may change a result in its last bits."""
+    return {"tinygrad_llm": __version__, "numpy": np.__version__}
+
+
+def _fingerprint(*texts: ArrayLike) -> str:
+    """A SHA-256 of the tokens; of long texts, of 64 pieces spread over them."""
+    digest = hashlib.sha256()
+    for tokens in map(np.asarray, texts):
+        starts = np.unique(np.linspace(0, max(0, len(tokens) - 2**16), 64).astype(int))
+        for start in starts.tolist():
+            digest.update(tokens[start : start + 2**16].astype("<u4").tobytes())
+    return digest.hexdigest()
 
 
 def _check_fit(model: GPT, settings: TrainSettings, *texts: ArrayLike) -> None:

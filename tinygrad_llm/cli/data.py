@@ -2,20 +2,18 @@
 
 import os
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import tiktoken
 import typer
 
 from ..data import corpus_hash, corpus_path, encode_files
 from ..data.corpus import text_files
-from ..data.named import FOLDER, SOURCES, find_corpus
-from ..tokenizer import BPETokenizer
-from ..tokenizer.bpe_files import END_OF_TEXT
-from .errors import user_input
-from .screen import Screen
+from ..data.named import FOLDER, SOURCES, checked, find_corpus
+from ..tokenizer import END_OF_TEXT, Tokenizer, gpt2, load
+from .errors import described, user_input
+from .screen import Screen, typed
 
 data = typer.Typer(help="Download corpora, and turn texts of any size into token ids.")
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors and the file's path only.")]
@@ -25,10 +23,11 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors and the file'
 def list_corpora() -> int:
     """List the corpora that have a name, and where they are on this machine."""
     screen = Screen(quiet=False)
-    for name, source in SOURCES.items():
-        path = find_corpus(name)
+    with user_input():
+        places = [_place(name) for name in SOURCES]
+    for (name, source), place in zip(SOURCES.items(), places):
         screen.say(f"{name:<17} {source.about}")
-        screen.say(f"{'':<17} {path or f'not here yet; to download it: data get {name}'}")
+        screen.say(f"{'':<17} {place}")
     screen.say(f"\nThe folder that {FOLDER} names is looked in first.")
     return 0
 
@@ -63,35 +62,52 @@ def prepare(
     with user_input():
         _check_free(out)
         paths = text_files([_found(file) for file in files])
-        encode, vocab_size, special_tokens = _tokenizer(tokenizer)
+        encoder = _opened(tokenizer)
+        special_tokens = encoder.special_tokens
         try:
             screen.say(f"encoding {sum(path.stat().st_size for path in paths):,} bytes")
             with screen.progress("encoding") as show:
                 count = encode_files(
                     paths,
                     out,
-                    encode,
-                    vocab_size,
+                    partial(encoder.encode_array, allowed_special="all"),
+                    encoder.vocab_size,
                     separator=END_OF_TEXT if END_OF_TEXT in special_tokens else "\n\n",
                     special_tokens=special_tokens,
                     progress=lambda done, total: show(done, total, f"{done / 1e6:,.1f} MB"),
+                    word_end=encoder.word_end,
                 )
         except KeyboardInterrupt:
             print(f"stopped; {out} was not written", file=sys.stderr)
             return 130
-        screen.say(f"they are {count:,} tokens, of a vocabulary of {vocab_size:,}: {out}")
+        screen.say(f"they are {count:,} tokens, of a vocabulary of {encoder.vocab_size:,}: {out}")
         screen.say(f"SHA-256 of the text: {corpus_hash(paths)}")
     screen.result(out)
     return 0
 
 
+def _place(name: str) -> str:
+    """Where a corpus is on this machine, or what is wrong with it, or how to get it."""
+    path = find_corpus(name)
+    if path is None:
+        return f"not here yet; to download it: {typed()} data get {name}"
+    try:
+        return str(checked(path, SOURCES[name]))
+    except (ValueError, OSError) as error:
+        return described(error)
+
+
 def _found(file: Path) -> Path:
     """The file itself, or the corpus of that name."""
+    if file.exists() and not file.is_file() and not file.is_dir():
+        raise ValueError(f"{file} is a pipe or device, which cannot be read twice: save it first")
     return corpus_path(str(file)) if str(file) in SOURCES and not file.exists() else file
 
 
 def _check_free(out: Path) -> None:
-    if out.exists():
+    if not out.name:
+        raise ValueError("--out names no file: give the path of the file of token ids to write")
+    if os.path.lexists(out):
         raise ValueError(f"--out {out} exists, and would be lost: choose another place")
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}, make it first")
@@ -99,23 +115,13 @@ def _check_free(out: Path) -> None:
         raise ValueError(f"--out {out}: {out.parent} is read-only, choose another place")
 
 
-def _tokenizer(directory: Path | None) -> tuple[Callable[[str], Any], int, list[str]]:
-    """How to encode a text with its special tokens, the number of ids, the special tokens."""
+def _opened(directory: Path | None) -> Tokenizer:
+    """The tokenizer in a directory; without one, GPT-2's."""
     if directory is None:
-        gpt2 = _gpt2()
-        return lambda text: gpt2.encode(text, allowed_special="all"), gpt2.n_vocab, [END_OF_TEXT]
-    if not directory.is_dir():
-        raise ValueError(f"--tokenizer {directory} is no directory: give one with a tokenizer.json")
-    ours = BPETokenizer.load(directory)
-    names = list(ours.special_tokens)
-    return lambda text: ours.encode_array(text, allowed_special="all"), ours.vocab_size, names
-
-
-def _gpt2() -> tiktoken.Encoding:
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except OSError as error:  # of the network
+        return gpt2()
+    if not any((directory / name).exists() for name in ("tokenizer.json", "vocab.json")):
         raise ValueError(
-            f"GPT-2's vocabulary cannot be downloaded ({type(error).__name__}): check the network, "
-            "let TIKTOKEN_CACHE_DIR name a folder that has it, or give --tokenizer DIR"
-        ) from None
+            f"--tokenizer {directory} is no directory with a tokenizer: expected a tokenizer.json "
+            "in it, or vocab.json and merges.txt"
+        )
+    return load(directory)

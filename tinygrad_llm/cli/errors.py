@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 import typer
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a user's share of it, a file
+
 
 class UserError(Exception):
     """Something that the user can put right: becomes one line on stderr and exit code 2."""
@@ -23,7 +25,7 @@ def user_input() -> Iterator[None]:
 def described(error: Exception) -> str:
     """What is wrong, and what the user can do about it."""
     short_write = " requested and " in str(error)  # what NumPy says when a file is cut short
-    if isinstance(error, OSError) and (error.errno == errno.ENOSPC or short_write):
+    if isinstance(error, OSError) and (error.errno in FULL or short_write):
         return "No space left to write: free some and try again; what was saved before is kept"
     if isinstance(error, OSError) and error.strerror:
         path = f"{error.filename}: " if error.filename else ""

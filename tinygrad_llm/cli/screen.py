@@ -71,7 +71,7 @@ class Clock:
         parts.append(f"validation {self.trainer.evaluations[-1][1]:.3f}")
         if done := report.step - self.first_step:
             per_step = (time.monotonic() - self.start) / done
-            parts.append(f"{s.batch_size * s.context / per_step:,.0f} tokens/s")
+            parts.append(f"{s.tokens_per_step / per_step:,.0f} tokens/s")
             parts.append(f"{_minutes(per_step * (s.steps - report.step))} left")
         return "  ".join(parts)
 

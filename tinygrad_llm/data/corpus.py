@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+NULS = 0.01  # a larger part of zero bytes than this is no text in UTF-8
 # A line that only underlines the heading above it: ****, ====, ----, ~~~~, ^^^^.
 UNDERLINE = re.compile(r"^([*=~^-])\1+\n", re.MULTILINE)
 
@@ -22,8 +23,8 @@ def read_corpus(
     Line ends stay as they are; a byte order mark is dropped. `separator` goes between two files:
     "<|endoftext|>" tells the model that they are unrelated texts.
 
-    Raises FileNotFoundError for a missing file; ValueError for no path, a directory, a file
-    without text, or bytes that are not UTF-8.
+    Raises FileNotFoundError for a missing file; TypeError for what is no path; ValueError for no
+    path, a directory, a file without text, or bytes that are not UTF-8.
     """
     return separator.join("".join(read_blocks(path)) for path in text_files(paths))
 
@@ -32,7 +33,12 @@ def text_files(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[P
     """One path or several as a list of files that exist. Raises as read_corpus does."""
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
-    paths = [Path(path) for path in paths]
+    try:
+        paths = [Path(path) for path in paths]
+    except TypeError:
+        raise TypeError(
+            f"paths must be the path of a text file, or several, got {paths!r}"
+        ) from None
     if not paths:
         raise ValueError("no corpus: give the path of at least one text file")
     for path in paths:
@@ -46,37 +52,54 @@ def text_files(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[P
 def read_blocks(path: Path, size: int = 1 << 20) -> Iterator[str]:
     """The text of a UTF-8 file in pieces of `size` bytes: a file may be larger than memory.
 
-    A byte order mark is dropped. Raises ValueError for bytes that are not UTF-8, and for a file
-    without text.
+    A byte order mark is dropped. Raises ValueError for bytes that are not UTF-8, for UTF-16 (which
+    may pass as UTF-8 with zero bytes), and for a file without text.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    offset, utf16, started, some_text = 0, False, False, False
+    offset, started, some_text = 0, False, False
     with open(path, "rb") as file:
         while data := file.read(size):
-            utf16 = utf16 or (offset == 0 and data.startswith(UTF16_MARKS))
-            with _utf8_expected(path, offset - len(decoder.getstate()[0]), utf16):
+            if offset == 0 and (encoding := _utf16(data)):
+                raise ValueError(f"{path} looks like {encoding}: {_to_utf8(path, encoding)}")
+            with _utf8_expected(path, offset - len(decoder.getstate()[0])):
                 text = decoder.decode(data)
             if not started:
                 text, started = text.removeprefix("\ufeff"), bool(text)
             some_text = some_text or bool(text.strip())
             offset += len(data)
             yield text
-        with _utf8_expected(path, offset - len(decoder.getstate()[0]), utf16):
+        with _utf8_expected(path, offset - len(decoder.getstate()[0])):
             decoder.decode(b"", final=True)
     if not some_text:
         raise ValueError(f"{path} is empty, or white space alone: a corpus needs some text")
 
 
+def _utf16(data: bytes) -> str | None:
+    """The name of the encoding if the first bytes of a file are those of UTF-16."""
+    if data.startswith(UTF16_MARKS):
+        return "UTF-16"
+    if data.count(0) <= NULS * len(data):
+        return None
+    # Without a mark: space and line end, for example, have a zero byte, the more significant one.
+    return "UTF-16LE" if data[1::2].count(0) > data[::2].count(0) else "UTF-16BE"
+
+
+def _to_utf8(path: Path, encoding: str) -> str:
+    return (
+        "if it is text, convert it first, for example: "
+        f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > utf8.txt"
+    )
+
+
 @contextmanager
-def _utf8_expected(path: Path, offset: int, utf16: bool) -> Iterator[None]:
+def _utf8_expected(path: Path, offset: int) -> Iterator[None]:
     """Says in one line what is wrong with the bytes that are decoded, the first one at `offset`."""
     try:
         yield
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is not UTF-8 at byte offset {offset + error.start}: if it is text, convert it "
-            f"first, for example: iconv -f {'UTF-16' if utf16 else 'LATIN1'} -t UTF-8 "
-            f"{shlex.quote(str(path))} > utf8.txt"
+            f"{path} is not UTF-8 at byte offset {offset + error.start}: "
+            + _to_utf8(path, "LATIN1")
         ) from None
 
 

@@ -14,7 +14,7 @@ J(A, B) = |A ∩ B| / |A ∪ B|.
 import math
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -91,10 +91,23 @@ def jaccard(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def band_rows(permutations: int, threshold: float) -> int:
-    """r: the most rows in a band with which 99% of pairs with J = threshold are compared."""
+    """r: the most rows in a band with which 99% of pairs with J = threshold are compared.
+
+    r divides `permutations`, so that every number is in one band. Powers of two have many such r;
+    a prime number has only 1, with which far more pairs are compared, and as few are missed.
+    """
     divisors = [r for r in range(1, permutations + 1) if permutations % r == 0]
     found = [r for r in divisors if (1 - threshold**r) ** (permutations // r) <= MISSED]
     return max(found, default=1)
+
+
+def band_keys(signature: np.ndarray, rows: int) -> list[int]:
+    """One 64-bit hash for each band of a signature: of its number, and of what is in it."""
+    bands = signature.reshape(-1, rows)  # (b, r)
+    keys = _mixed(np.arange(len(bands), dtype=np.uint64))
+    for column in bands.T:
+        keys = _mixed(keys + column)
+    return keys.tolist()
 
 
 def near_duplicates(
@@ -109,33 +122,48 @@ def near_duplicates(
     documents   texts or arrays of token ids, read once, one at a time
     threshold   the estimated J from which on a document repeats an earlier one that was kept
 
-    Returns (N,) int64. Memory: one signature for each document that is kept.
-    Raises ValueError unless 0 < threshold <= 1 and k, permutations are at least 1.
+    Returns (N,) int64. Memory for each document that is kept: its signature and one entry of a
+    dictionary for each band, together about 4 KB by default (128 numbers in 32 bands).
+    Raises TypeError for a single text, ValueError unless 0 < threshold <= 1 and k, permutations
+    are at least 1.
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}")
     hasher = MinHash(permutations, k, seed)
     rows = band_rows(hasher.permutations, threshold)
-    buckets: dict[tuple[int, bytes], list[int]] = {}
+    latest: dict[int, int] = {}  # band -> the last kept document that has it
+    before: dict[int, np.ndarray] = {}  # of a kept document: the one before it in each band, or -1
     kept: dict[int, np.ndarray] = {}  # signatures
     repeats = []
-    for number, document in enumerate(documents):
+    for number, document in enumerate(_several(documents)):
         signature = hasher.signature(document)
-        keys = [(i, band.tobytes()) for i, band in enumerate(signature.reshape(-1, rows))]
-        candidates = {other for key in keys for other in buckets.get(key, ())}
+        keys = band_keys(signature, rows)
+        last = [latest.get(key, -1) for key in keys]
+        candidates = set()
+        for band, other in enumerate(last):
+            while other >= 0:
+                candidates.add(other)
+                other = before[other][band]
         alike = {other: jaccard(signature, kept[other]) for other in sorted(candidates)}
         best = max(alike, key=alike.get, default=number)
         if alike.get(best, -math.inf) >= threshold:
             repeats.append(best)
             continue
         repeats.append(number)
-        kept[number] = signature
-        for key in keys:
-            buckets.setdefault(key, []).append(number)
+        kept[number], before[number] = signature, np.array(last)
+        latest.update(dict.fromkeys(keys, number))
     return np.array(repeats, np.int64)
 
 
-def deduplicate(documents: Sequence[Any], threshold: float = 0.8, **options: int) -> list[Any]:
+def deduplicate(documents: Iterable[Any], threshold: float = 0.8, **options: int) -> list[Any]:
     """The documents without those that nearly repeat an earlier one; see near_duplicates."""
+    documents = list(_several(documents))
     repeats = near_duplicates(documents, threshold, **options)
     return [documents[i] for i in np.flatnonzero(repeats == np.arange(len(repeats)))]
+
+
+def _several(documents: Iterable[Any]) -> Iterable[Any]:
+    """The documents. Raises TypeError for a single text, whose characters are no documents."""
+    if isinstance(documents, (str, bytes)):
+        raise TypeError("documents must be several texts, got a single one: give a list of them")
+    return documents

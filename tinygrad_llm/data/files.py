@@ -2,7 +2,8 @@
 
 The new content goes to a file without a name, which the system drops when the process ends. Once
 complete, it gets a name beside the target, and then the target's own. Where a system has no files
-without names, it has its temporary name from the start.
+without names, it has its temporary name from the start. File and folder are written through to the
+disk: what has been replaced stays so, also if the power fails.
 """
 
 import os
@@ -19,7 +20,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     Raises OSError if the folder is missing or cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A part of the name: it may have all of the 255 bytes that a name can have.
+    temporary = path.with_name(f".{path.name[-50:]}.{os.getpid()}.tmp")
     try:
         with _without_name(path.parent) or open(temporary, "wb") as file:
             yield file
@@ -29,8 +31,19 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
                 temporary.unlink(missing_ok=True)
                 _give_name(file.name, temporary)
         os.replace(temporary, path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Writes the names of a folder's files to the disk, where the system can."""
+    if os.name == "posix":
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def _without_name(folder: Path) -> BinaryIO | None:

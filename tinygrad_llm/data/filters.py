@@ -6,10 +6,22 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+# A telephone number as people write it, not as dates, years, ISBN and long numbers are written: it
+# begins with +, (, 0 or a North American area code, and stands alone, not in a row of numbers.
+TELEPHONE = (
+    r"(?<!\w)(?<!\d[ .,/:-])(?:"
+    r"\+[1-9](?:(?:[ .-]?\(|\)[ .-]?|[ .-])?\d){7,14}"  # +44 (0)20 7946 0018; E.164: up to 15
+    r"|(?:1[ .-])?(?:\([2-9]\d\d\)[ .-]?\d{3}[ .-]|[2-9]\d\d([ .-])\d{3}\1)\d{4}"  # (555) 123-4567
+    r"|\(0[1-9]\d{0,3}\) ?\d{3,4}[ .-]?\d{3,4}"  # (020) 7946 0018
+    # 01 42 68 53 00: 9 to 12 digits, more than a date's 8
+    r"|(?=0(?:[ .-]?\d){8,11}(?![ .-]?\d))0[1-9]\d{0,3}([ .-])\d{2,8}(?:\2\d{2,6})*"
+    r")(?!\w)(?![ .,/:-]\d)"
+)
+
 # What personal data looks like: a start, to be extended for the corpus at hand.
 PERSONAL_DATA = {
     "e-mail address": r"[\w.+-]+@[\w-]+(\.[\w-]+)+",
-    "telephone number": r"(?<!\w)\+?\(?\d{2,4}\)?[ .-]\d{3,4}[ .-]?\d{3,4}(?!\w)",
+    "telephone number": TELEPHONE,
     "payment card": r"(?<!\d)\d{4}([ -]?)\d{4}\1\d{4}\1\d{4}(?!\d)",
 }
 
@@ -34,8 +46,10 @@ def blocked_by(
 
     patterns    regular expressions by name, or a plain list of them, each its own name
 
-    Raises ValueError for a pattern that is no regular expression.
+    Raises ValueError for a pattern that is no regular expression, TypeError for a single one.
     """
+    if isinstance(patterns, str):
+        raise TypeError(f"patterns must be several: write [{patterns!r}]")
     named = patterns if isinstance(patterns, Mapping) else dict(zip(patterns, patterns))
     try:
         return [name for name, pattern in named.items() if re.search(pattern, document)]

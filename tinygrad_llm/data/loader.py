@@ -45,8 +45,10 @@ class DataLoader:
         self.collate_fn = collate_fn
         if len(self) == 0:
             raise ValueError(
-                f"{len(dataset)} windows make no batch of {batch_size}: "
-                "use a smaller batch_size, a longer text or drop_last=False"
+                f"a dataset of {len(dataset)} items makes no batch of {batch_size}: use a larger "
+                "dataset (a longer text), a smaller batch_size or drop_last=False"
+                if len(dataset)
+                else "the dataset is empty: expected at least one item"
             )
 
     def __len__(self) -> int:

@@ -61,20 +61,26 @@ def corpus_path(name: str) -> Path:
     Looked for in the folder that the environment variable TINYGRAD_LLM_DATA names, then in the
     user's cache; downloaded into the cache if it is in neither.
 
-    Raises ValueError for an unknown name, and for a file or download with another hash, which is
-    not used, or kept; ConnectionError if it cannot be downloaded.
+    Raises ValueError for an unknown name, if TINYGRAD_LLM_DATA names no folder, and for a file or
+    download with another hash, which is not used, or kept; ConnectionError if it cannot be
+    downloaded.
     """
     if name not in SOURCES:
         raise ValueError(f"there is no corpus {name!r}: expected one of {', '.join(SOURCES)}")
     path = find_corpus(name) or _cache() / SOURCES[name].file
-    return _checked(path, SOURCES[name]) if path.exists() else _downloaded(name, path)
+    return checked(path, SOURCES[name]) if path.exists() else _downloaded(name, path)
 
 
 def find_corpus(name: str) -> Path | None:
-    """Where the corpus already lies on this machine, unchecked; None if it must be downloaded."""
-    file = SOURCES[name].file
-    folders = [Path(os.environ[FOLDER])] if os.environ.get(FOLDER) else []
-    paths = [folder / file for folder in [*folders, _cache()]]
+    """Where the corpus already lies on this machine, unchecked; None if it must be downloaded.
+
+    Raises ValueError if TINYGRAD_LLM_DATA names no folder.
+    """
+    folder = os.environ.get(FOLDER)
+    if folder and not Path(folder).is_dir():
+        raise ValueError(f"{FOLDER} names no folder: {folder!r}; make it, correct or unset it")
+    folders = [Path(folder)] if folder else []
+    paths = [folder / SOURCES[name].file for folder in [*folders, _cache()]]
     return next((path for path in paths if path.exists()), None)
 
 
@@ -84,7 +90,8 @@ def _cache() -> Path:
     return pooch.os_cache("tinygrad_llm")
 
 
-def _checked(path: Path, source: Source) -> Path:
+def checked(path: Path, source: Source) -> Path:
+    """The path itself. Raises ValueError if the file has another hash, OSError if it is none."""
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != source.sha256:
         raise ValueError(

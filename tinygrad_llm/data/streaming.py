@@ -17,9 +17,11 @@ from tinygrad_llm.data.corpus import read_blocks, text_files
 from tinygrad_llm.data.files import atomic_write
 from tinygrad_llm.data.tokens import as_tokens
 
-# Where the words of any tokenizer end: behind a letter or digit that a space or line end follows,
+# Where the words of most tokenizers end: behind a letter or digit that a space or line end follows,
 # and between two lines that are not empty.
 WORD_END = re.compile(r"[^\W_](?=[ \n])|\S\n(?=\S)")
+# Where those of a Unigram tokenizer end: only a space begins a new one, they go on across lines.
+BEFORE_SPACE = re.compile(r"[^\W_](?= )")
 BLOCK = 1 << 20  # bytes read at a time
 NEAR = 1 << 12  # characters: where the last such place usually is
 
@@ -32,31 +34,40 @@ def encode_files(
     separator: str = "\n\n",
     special_tokens: Iterable[str] = (),
     progress: Callable[[int, int], None] | None = None,
+    word_end: re.Pattern = WORD_END,
 ) -> int:
     """Encode UTF-8 text files, as one text, into a `.npy` file of token ids; returns their number.
 
-    encode          text -> ids 0..vocab_size-1, by a tokenizer whose words end at spaces at the
-                    latest (GPT-2's and later ones, words, WordPiece). Then the ids are those of
-                    encode(read_corpus(paths, separator))
+    encode          text -> ids 0..vocab_size-1, by a tokenizer whose words end at spaces and line
+                    ends at the latest (GPT-2's and later ones, words, WordPiece), or at what
+                    word_end says. Then the ids are those of encode(read_corpus(paths, separator))
     separator       goes between two files
     special_tokens  texts that stand for one token and are never cut
     progress        progress(done, total) is called after each block, in bytes
+    word_end        where the text may be cut: the tokenizer's own word_end
 
     The file opens with open_tokens: uint16 if vocab_size fits, else uint32. It appears when it is
     complete; a run that fails or is killed leaves what was there. Memory does not grow with
-    the text, only with the longest stretch that has no end of a word as WORD_END finds it.
+    the text, only with the longest stretch that has no end of a word as word_end finds it.
 
-    Raises FileNotFoundError and ValueError for paths as read_corpus does, ValueError for ids
-    outside of the vocabulary, OSError if `out` cannot be written.
+    Raises FileNotFoundError, TypeError and ValueError for paths as read_corpus does; ValueError,
+    which names the file, for what `encode` refuses and for ids outside of the vocabulary;
+    ValueError if `out` is one of the texts, OSError if it cannot be written.
     """
     files = text_files(paths)
+    if Path(out).exists() and any(file.samefile(out) for file in files):
+        raise ValueError(f"{out} is one of the texts, and would be lost: give another place")
     total = sum(file.stat().st_size for file in files)
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
     count = 0
     with atomic_write(out) as tokens:
         _write_header(tokens, dtype, count)
-        for text, done in _blocks(files, separator, special_tokens):
-            ids = _checked(encode(text), vocab_size)
+        for text, done, file in _blocks(files, separator, special_tokens, word_end):
+            try:
+                ids = _checked(encode(text), vocab_size)
+            except (KeyError, ValueError) as error:  # a KeyError is a word that has no id
+                reason = error.args[0] if isinstance(error, KeyError) else error
+                raise ValueError(f"reading {file}: {reason}") from error
             tokens.write(ids.astype(dtype, copy=False).tobytes())
             count += len(ids)
             if progress is not None:
@@ -84,9 +95,9 @@ def _checked(ids: ArrayLike, vocab_size: int) -> np.ndarray:
 
 
 def _blocks(
-    files: list[Path], separator: str, special_tokens: Iterable[str]
-) -> Iterator[tuple[str, int]]:
-    """The whole text in pieces that can be encoded one by one, and how many bytes are read."""
+    files: list[Path], separator: str, special_tokens: Iterable[str], word_end: re.Pattern
+) -> Iterator[tuple[str, int, Path]]:
+    """The whole text in pieces that can be encoded one by one; the bytes read, and from where."""
     uncut = [name for name in special_tokens if re.search(r"\s", name)]
     rest, done = "", 0
     for number, path in enumerate(files):
@@ -94,19 +105,19 @@ def _blocks(
         for text in read_blocks(path, BLOCK):
             done += len(text.encode())
             rest += text
-            if cut := _last_cut(rest, uncut):
-                yield rest[:cut], done
+            if cut := _last_cut(rest, uncut, word_end):
+                yield rest[:cut], done, path
                 rest = rest[cut:]
     if rest:
-        yield rest, done
+        yield rest, done, path
 
 
-def _last_cut(text: str, uncut: list[str]) -> int:
+def _last_cut(text: str, uncut: list[str], word_end: re.Pattern) -> int:
     """The last place where the text can be cut, 0 if there is none."""
     # One of `uncut` may begin near the end, and go on in the next block.
     end = max(0, len(text) - max(map(len, uncut), default=0))
     for start in (max(0, end - NEAR), 0):
-        for match in reversed(list(WORD_END.finditer(text, start, end))):
+        for match in reversed(list(word_end.finditer(text, start, end))):
             cut = match.end()
             if not any(n in text[max(0, cut - len(n) + 1) : cut + len(n) - 1] for n in uncut):
                 return cut

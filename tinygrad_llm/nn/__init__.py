@@ -6,6 +6,7 @@ from .cache import KVCache, LayerCache
 from .init import no_init
 from .layers import (
     GELU,
+    BCELoss,
     Dropout,
     Embedding,
     LayerNorm,
@@ -25,9 +26,11 @@ from .position import (
     segment_positions,
     sinusoidal_positions,
 )
+from .recompute import recompute
 
 __all__ = [
     "GELU",
+    "BCELoss",
     "Buffer",
     "Dropout",
     "Embedding",
@@ -52,6 +55,7 @@ __all__ = [
     "Yarn",
     "init",
     "no_init",
+    "recompute",
     "segment_mask",
     "segment_positions",
     "sinusoidal_positions",

@@ -11,7 +11,7 @@ import numpy as np
 from .. import functional as F  # noqa: N812 (PyTorch's name for it)
 from ..random import Generator
 from ..tensor import Tensor
-from .cache import LayerCache, overflow
+from .cache import LayerCache
 from .init import no_init
 from .layers import (
     GELU,
@@ -38,7 +38,8 @@ class MultiHeadAttention(Module):
     n_kv_heads  fewer heads of keys and values than of queries: H / n_kv_heads heads share one
                 (grouped-query attention: Ainslie et al., 2023); H by default
     window      with causal: a token sees itself and the window - 1 before it (Beltagy et al., 2020)
-    rope        a RotaryEmbedding of width d_out / H, which turns queries and keys
+    rope        a RotaryEmbedding of width d_out / H for as many positions, which turns queries
+                and keys
     Raises ValueError if n_heads does not divide d_out, or n_kv_heads n_heads, or for more than
     context_length tokens. Vaswani et al., "Attention Is All You Need", 2017.
     """
@@ -67,6 +68,8 @@ class MultiHeadAttention(Module):
         check_probability(owner, dropout=dropout)
         if window < context_length and not causal:
             raise ValueError(f"{owner}: a window needs causal=True")
+        if rope is not None:
+            _check_rope(owner, rope, d_out // n_heads, context_length)
         self.d_out, self.n_heads, self.n_kv_heads = d_out, n_heads, n_kv_heads
         self.head_dim = d_out // n_heads
         self.context_length, self.window, self.rope = context_length, window, rope
@@ -95,10 +98,8 @@ class MultiHeadAttention(Module):
         cache   keys and values of the tokens before these, x being (B, T, d_in); those of these
                 are added. The S keys are all of them; without a cache, S = T
         """
-        T, longest = x.shape[-2], self.context_length
+        T = check_tokens("MultiHeadAttention", x, self.context_length)
         start = 0 if cache is None else cache.length
-        if longest < start + T:
-            raise ValueError(overflow(f"MultiHeadAttention: {T} tokens", start, longest))
         if cache is not None and not self.causal:
             raise ValueError("MultiHeadAttention: a cache needs causal=True")
         qkv = self.qkv(x)  # (B, T, C + 2 C / R) for R heads of queries that share one of keys
@@ -157,6 +158,28 @@ class MultiHeadAttention(Module):
         if self.n_kv_heads < self.n_heads:
             shown += f", n_kv_heads={self.n_kv_heads}"
         return shown if self.window == self.context_length else f"{shown}, window={self.window}"
+
+
+def check_tokens(owner: str, x: Tensor, longest: float = math.inf) -> int:
+    """How many tokens x has. Raises ValueError unless it is (..., T, d_in), with T <= longest."""
+    if x.ndim < 2:
+        raise ValueError(f"{owner}: x has shape {x.shape}, expected (..., T, d_in)")
+    T = x.shape[-2]
+    if longest < T:
+        raise ValueError(
+            f"{owner}: {T} tokens exceed context_length {longest}; keep the last {longest}"
+        )
+    return T
+
+
+def _check_rope(owner, rope, head_dim, context_length):
+    if not isinstance(rope, RotaryEmbedding):
+        raise TypeError(f"{owner}: rope is a RotaryEmbedding, not a {type(rope).__name__}")
+    if rope.dim != head_dim or rope.context_length < context_length:
+        raise ValueError(
+            f"{owner}: rope has dim {rope.dim} and context_length {rope.context_length}; "
+            f"expected {head_dim}, which is d_out / n_heads, and at least {context_length}"
+        )
 
 
 class FeedForward(Module):

@@ -155,6 +155,13 @@ class Sigmoid(Module):
         return F.sigmoid(x)
 
 
+class BCELoss(Module):
+    """Mean binary cross-entropy of probabilities (...) with targets (...) in [0, 1]: a scalar."""
+
+    def forward(self, probabilities: Tensor, targets: Tensor | ArrayLike) -> Tensor:
+        return F.binary_cross_entropy(probabilities, targets)
+
+
 def reset_linear(layer: Linear, rows: slice, generator: Generator | None = None) -> None:
     """Draws these rows of the weight anew, then these elements of the bias."""
     bound = 1 / math.sqrt(layer.in_features)

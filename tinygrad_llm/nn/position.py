@@ -43,7 +43,14 @@ class RelativePositionBias(Module):
         self.weight = Parameter(np.zeros((2 * max_distance + 1, n_heads), np.float32))
 
     def forward(self, queries: int, keys: int) -> Tensor:
-        """For the last `queries` of `keys` tokens; as a `mask` of scaled_dot_product_attention."""
+        """For the last `queries` of `keys` tokens; as a `mask` of scaled_dot_product_attention.
+        ValueError for more queries than keys.
+        """
+        check_sizes("RelativePositionBias", queries=queries, keys=keys)
+        if queries > keys:
+            raise ValueError(
+                f"RelativePositionBias: {queries} queries are not the last of {keys} keys"
+            )
         i, j = np.arange(keys - queries, keys)[:, None], np.arange(keys)
         distance = np.clip(j - i, -self.max_distance, self.max_distance) + self.max_distance
         return F.embedding(distance, self.weight).permute(2, 0, 1)  # (T, S, H) -> (H, T, S)
@@ -61,6 +68,7 @@ class RotaryEmbedding:
                 8192 tokens is scale 4
     yarn        interpolates only pairs that turn slowly (Peng et al., "YaRN", 2023): a Yarn
 
+    interleaved which numbers are a pair: (2k, 2k + 1), or without (k, k + dim/2)
     cos, sin    (context_length, dim / 2) float32 Tensors
     """
 
@@ -71,31 +79,45 @@ class RotaryEmbedding:
         base: float = 10000.0,
         scale: float = 1.0,
         yarn: "Yarn | None" = None,
+        interleaved: bool = False,
     ):
         check_sizes("RotaryEmbedding", dim=dim, context_length=context_length)
         if dim % 2:
             raise ValueError(f"RotaryEmbedding: dim is {dim}; expected an even number")
-        if not (scale > 0 and base > 0):
-            raise ValueError(f"RotaryEmbedding: scale {scale} and base {base} must be above 0")
+        if not (0 < scale < math.inf and 0 < base < math.inf):
+            raise ValueError(
+                f"RotaryEmbedding: scale {scale} and base {base} must be above 0, and finite"
+            )
+        if yarn is not None and not isinstance(yarn, Yarn):
+            raise TypeError(f"RotaryEmbedding: yarn is a Yarn(factor, original), not {yarn!r}")
+        if yarn is not None and scale != 1:
+            raise ValueError("RotaryEmbedding: scale and yarn both stretch; give one of them")
+        self.dim, self.context_length, self.interleaved = dim, context_length, interleaved
         speeds = base ** (-np.arange(0, dim, 2) / dim) / scale  # radians a position
         length = 1.0
         if yarn is not None:
-            speeds, length = yarn.speeds(speeds, base, dim), yarn.length
+            speeds, length = yarn.stretch(speeds, base, dim), yarn.length
         angles = np.arange(context_length)[:, None] * speeds
         self.cos = Tensor((np.cos(angles) * length).astype(np.float32))
         self.sin = Tensor((np.sin(angles) * length).astype(np.float32))
 
-    def __call__(self, x: Tensor, start: int = 0, interleaved: bool = False) -> Tensor:
+    def __call__(self, x: Tensor, start: int = 0) -> Tensor:
         """x (..., T, dim), the first at position `start`, turned. Raises ValueError beyond
         context_length.
         """
+        if x.ndim < 2 or x.shape[-1] != self.dim:
+            raise ValueError(
+                f"RotaryEmbedding: x has shape {x.shape}, expected (..., T, {self.dim})"
+            )
         end = start + x.shape[-2]
-        if end > self.cos.shape[0] or start < 0:
+        if start < 0:
+            raise ValueError(f"RotaryEmbedding: start is {start}; expected a position, 0 or more")
+        if end > self.context_length:
             raise ValueError(
                 f"RotaryEmbedding: positions {start} to {end - 1} exceed context_length "
-                f"{self.cos.shape[0]}"
+                f"{self.context_length}"
             )
-        return F.rope(x, self.cos[start:end], self.sin[start:end], interleaved)
+        return F.rope(x, self.cos[start:end], self.sin[start:end], self.interleaved)
 
 
 class Yarn:
@@ -108,21 +130,25 @@ class Yarn:
 
     def __init__(self, factor: float, original: int, fast: float = 32.0, slow: float = 1.0):
         check_sizes("Yarn", original=original)
-        if not factor >= 1 or not fast > slow > 0:
+        if not 1 <= factor < math.inf or not math.inf > fast > slow > 0:
             raise ValueError(
-                f"Yarn: factor {factor}, fast {fast}, slow {slow}; expected factor >= 1 and "
-                "fast > slow > 0"
+                f"Yarn: factor {factor}, fast {fast}, slow {slow}; expected finite numbers, "
+                "factor >= 1 and fast > slow > 0"
             )
         self.factor, self.original, self.fast, self.slow = factor, original, fast, slow
         self.length = 0.1 * math.log(factor) + 1
 
-    def speeds(self, speeds: np.ndarray, base: float, dim: int) -> np.ndarray:
-        """Radians a position of each pair, stretched."""
+    def stretch(self, speeds: np.ndarray, base: float, dim: int) -> np.ndarray:
+        """Radians a position of each pair, (dim / 2), stretched. ValueError: base not above 1."""
+        if not base > 1:
+            raise ValueError(f"Yarn: base is {base}; expected one above 1, so that pairs slow down")
         low, high = (self._pair(turns, base, dim) for turns in (self.fast, self.slow))
         low, high = max(math.floor(low), 0), min(math.ceil(high), dim - 1)
         ramp = (np.arange(dim // 2) - low) / max(high - low, 1e-3)
-        stretched = np.clip(ramp, 0, 1)  # 0: as it was, 1: interpolated
-        return speeds * (1 - stretched) + speeds / self.factor * stretched
+        ramp = np.clip(ramp, 0, 1)  # 0: as it was, 1: interpolated
+        turns = self.original * speeds / (2 * math.pi)
+        ramp[turns < self.slow] = 1  # pair 0, too, where even that is slow
+        return speeds * (1 - ramp) + speeds / self.factor * ramp
 
     def _pair(self, turns, base, dim):
         """Which pair, as a real number, turns so many times over the original context."""
@@ -133,8 +159,9 @@ class Yarn:
 
 
 def interleaved_from_halves(weight: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows of q's or k's weight, or elements of its bias, reordered: rope with interleaved=True
-    then gives the scores that rope without gave before.  (H head_dim, ...) -> the same shape
+    """Rows of q's or k's weight, or elements of its bias, reordered: a RotaryEmbedding with
+    interleaved=True then gives the scores that one without gave before.
+    (H head_dim, ...) -> the same shape
     """
     return _reordered(weight, (2, _half(weight, head_dim)))
 
@@ -145,6 +172,7 @@ def halves_from_interleaved(weight: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def _half(weight, head_dim):
+    check_sizes("RotaryEmbedding", head_dim=head_dim)
     if head_dim % 2 or weight.shape[0] % head_dim:
         raise ValueError(
             f"weight has {weight.shape[0]} rows; expected a multiple of head_dim {head_dim}, which "

@@ -3,14 +3,15 @@
     SimpleSelfAttention         scores are dot products of the tokens themselves: nothing is learned
     SelfAttentionV1             queries, keys and values by three matrices
     SelfAttentionV2             the same by Linear layers, whose start is smaller
-    CausalAttention             no token sees a later one; dropout; whole batches
+    CausalAttention             no token sees a later one; dropout
     MultiHeadAttentionWrapper   several of those side by side
 
 and nn.MultiHeadAttention does all heads at once. Each is written out with softmax and products, and
 draws its first weights in this order, so that a seed gives the numbers printed in the book that
 they follow: Raschka, "Build a Large Language Model (From Scratch)", 2024, chapter 3.
 
-Letters in the shapes: B sequences in a batch, T tokens in each, d_in and d_out channels.
+Letters in the shapes: T tokens in a sequence, d_in and d_out channels; ... is nothing for one
+sequence, B for a batch of them. `k.mT` is k with its last two axes exchanged: kᵀ in each sequence.
 """
 
 import math
@@ -21,20 +22,23 @@ from .. import functional as F  # noqa: N812 (PyTorch's name for it)
 from .. import random
 from ..random import Generator
 from ..tensor import Tensor
+from .attention import check_tokens
 from .layers import Dropout, Linear, check_sizes
 from .module import Module, ModuleList, Parameter
 
 
 class SimpleSelfAttention(Module):
-    """Every token becomes a mean of all of them, weighted by likeness.  (T, d) -> (T, d)"""
+    """Every token becomes a mean of all of them, weighted by likeness.  (..., T, d) -> the same"""
 
     def forward(self, x: Tensor) -> Tensor:
-        scores = x @ x.T  # (T, T)
-        return F.softmax(scores) @ x  # (T, d)
+        check_tokens("SimpleSelfAttention", x)
+        scores = x @ x.mT  # (..., T, T)
+        return F.softmax(scores) @ x  # (..., T, d)
 
 
 class SelfAttentionV1(Module):
-    """With matrices (d_in, d_out) to learn, at first uniform in [0, 1).  (T, d_in) -> (T, d_out)
+    """With matrices (d_in, d_out) to learn, at first uniform in [0, 1).
+    (..., T, d_in) -> (..., T, d_out)
 
     Scores are divided by √d_out: of independent numbers with mean 0 and variance 1, a sum of d_out
     products has that standard deviation, and a softmax of large scores has hardly a gradient.
@@ -48,14 +52,15 @@ class SelfAttentionV1(Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = x @ self.W_query, x @ self.W_key, x @ self.W_value  # 3 of (T, d_out)
-        scores = q @ k.T  # (T, T)
+        check_tokens("SelfAttentionV1", x)
+        q, k, v = x @ self.W_query, x @ self.W_key, x @ self.W_value  # 3 of (..., T, d_out)
+        scores = q @ k.mT  # (..., T, T)
         weights = F.softmax(scores / math.sqrt(k.shape[-1]))
-        return weights @ v  # (T, d_out)
+        return weights @ v  # (..., T, d_out)
 
 
 class SelfAttentionV2(Module):
-    """The matrices as Linear layers, with a start of ±1/√d_in.  (T, d_in) -> (T, d_out)"""
+    """The matrices as Linear layers, at first ±1/√d_in.  (..., T, d_in) -> (..., T, d_out)"""
 
     def __init__(
         self, d_in: int, d_out: int, qkv_bias: bool = False, generator: Generator | None = None
@@ -65,14 +70,15 @@ class SelfAttentionV2(Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.W_query(x), self.W_key(x), self.W_value(x)  # 3 of (T, d_out)
-        scores = q @ k.T  # (T, T)
+        check_tokens("SelfAttentionV2", x)
+        q, k, v = self.W_query(x), self.W_key(x), self.W_value(x)  # 3 of (..., T, d_out)
+        scores = q @ k.mT  # (..., T, T)
         weights = F.softmax(scores / math.sqrt(k.shape[-1]))
-        return weights @ v  # (T, d_out)
+        return weights @ v  # (..., T, d_out)
 
 
 class CausalAttention(Module):
-    """A token sees itself and those before it.  (B, T, d_in) -> (B, T, d_out)
+    """A token sees itself and those before it.  (..., T, d_in) -> (..., T, d_out)
 
     Scores of later tokens become -∞ before the softmax, so their weights are 0 and those that
     remain sum to 1. In training, dropout zeroes some of these.
@@ -95,21 +101,16 @@ class CausalAttention(Module):
         self.later = np.triu(np.ones((context_length, context_length), bool), k=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        T, longest = x.shape[-2], len(self.later)
-        if longest < T:
-            raise ValueError(
-                f"CausalAttention: {T} tokens exceed context_length {longest}; "
-                f"keep the last {longest}"
-            )
-        q, k, v = self.W_query(x), self.W_key(x), self.W_value(x)  # 3 of (B, T, d_out)
-        scores = q @ k.transpose(-2, -1)  # (B, T, T)
+        T = check_tokens("CausalAttention", x, len(self.later))
+        q, k, v = self.W_query(x), self.W_key(x), self.W_value(x)  # 3 of (..., T, d_out)
+        scores = q @ k.mT  # (..., T, T)
         scores = F.where(self.later[:T, :T], -math.inf, scores)
         weights = self.dropout(F.softmax(scores / math.sqrt(k.shape[-1])))
-        return weights @ v  # (B, T, d_out)
+        return weights @ v  # (..., T, d_out)
 
 
 class MultiHeadAttentionWrapper(Module):
-    """Heads of their own, their results side by side.  (B, T, d_in) -> (B, T, n_heads d_out)"""
+    """Heads of their own, their results side by side.  (..., T, d_in) -> (..., T, n_heads d_out)"""
 
     def __init__(
         self,

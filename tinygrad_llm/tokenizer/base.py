@@ -1,12 +1,14 @@
 """What every tokenizer here can do, and how all of them treat special tokens and bad input."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from operator import index as as_int
 from pathlib import Path
 
 import numpy as np
 import regex
+
+from tinygrad_llm.data.streaming import WORD_END
 
 END_OF_TEXT = "<|endoftext|>"
 CACHED_WORDS = 2**20  # remember no more words than this: memory stays bounded
@@ -22,6 +24,7 @@ class Tokenizer(ABC):
     hold.
     """
 
+    word_end = WORD_END  # where a text may be cut in two without changing its ids
     special_tokens: dict[str, int]
     _tokens: dict[int, bytes]  # id -> what it decodes to, of special tokens, too
 
@@ -48,7 +51,7 @@ class Tokenizer(ABC):
 
     @property
     def vocab_size(self) -> int:
-        """The number of tokens: ids are 0..vocab_size-1."""
+        """One more than the last id: the rows that an embedding needs."""
         return len(self._tokens)
 
     @property
@@ -112,7 +115,7 @@ class Tokenizer(ABC):
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Text to ids, with special tokens in it treated as text like any other."""
-        return self.encode(text, allowed_special=(), disallowed_special=())
+        return list(self._ordinary_ids(check_text(text)))
 
     def encode_array(
         self,
@@ -158,10 +161,19 @@ class Tokenizer(ABC):
 
     def _pieces(self, ids: Iterable[int]) -> Iterator[bytes]:
         """The bytes of each token."""
-        if isinstance(ids, np.ndarray):
+        if hasattr(ids, "__array__"):  # of NumPy, a Tensor, PyTorch
+            ids = np.asarray(ids)
+            if ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size):
+                raise TypeError(
+                    f"token ids must be one sequence of integers, got {ids.dtype} of shape "
+                    f"{ids.shape}: decode one sequence at a time"
+                )
             ids = ids.tolist()  # Python's integers are faster to loop over
         if not isinstance(ids, Iterable):
-            raise TypeError(f"ids must be a sequence of integers, got {type(ids).__name__}")
+            raise TypeError(
+                f"token ids must be a sequence of integers, got {type(ids).__name__}: "
+                "put a single id in a list"
+            )
         return map(self._token, ids)
 
     def _token(self, token_id: int) -> bytes:
@@ -173,9 +185,11 @@ class Tokenizer(ABC):
                 "decode one sequence at a time"
             ) from None
         if token_id not in self._tokens:
-            raise IndexError(
-                f"token id {token_id} is outside this vocabulary: ids are 0..{self.vocab_size - 1}"
-            )
+            last = self.vocab_size - 1
+            which = f"ids are 0..{last}"
+            if len(self._tokens) <= last:
+                which = f"it has {len(self._tokens)} of the ids 0..{last}, and not this one"
+            raise IndexError(f"token id {token_id} is outside this vocabulary: {which}")
         return self._tokens[token_id]
 
     def _ids(
@@ -186,41 +200,42 @@ class Tokenizer(ABC):
         ordinary_ids: Callable[[str], Iterable[int]],
     ) -> list[int]:
         """The ids of a text, with `ordinary_ids` for what is between the special tokens."""
+        check_text(text)
+        allowed = self._special_names(allowed_special)
+        for name in self._special_names(disallowed_special):
+            if name in text and name not in allowed:
+                raise ValueError(
+                    f"the text contains the special token {name!r}: to encode it as one token, "
+                    f"pass allowed_special=[{name!r}]; as ordinary text, use encode_ordinary"
+                )
+        found = [name for name in allowed if name in text]
+        if not found:  # most texts have none: no need to cut
+            return list(ordinary_ids(text))
         ids: list[int] = []
-        for piece, is_special in self._split(text, allowed_special, disallowed_special):
+        for piece, is_special in split_at(found, text):
             if is_special:
                 ids.append(self.special_tokens[piece])
             else:
                 ids.extend(ordinary_ids(piece))
         return ids
 
-    def _split(
-        self,
-        text: str,
-        allowed_special: str | Iterable[str],
-        disallowed_special: str | Iterable[str],
-    ) -> Iterator[tuple[str, bool]]:
-        """Cut the text around allowed special tokens: (piece, whether it is one)."""
-        check_text(text)
-        allowed = self._special_names(allowed_special)
-        for name in self._special_names(disallowed_special) - allowed:
-            if name in text:
-                raise ValueError(
-                    f"the text contains the special token {name!r}: to encode it as one token, "
-                    f"pass allowed_special=[{name!r}]; as ordinary text, use encode_ordinary"
-                )
-        return split_at(allowed, text)
-
-    def _special_names(self, names: str | Iterable[str]) -> set[str]:
-        if names == "all":
-            return set(self.special_tokens)
-        names = {names} if isinstance(names, str) else set(names)
-        unknown = sorted(names - self.special_tokens.keys())
-        if unknown:
-            raise ValueError(
-                f"{unknown[0]!r} is no special token of this vocabulary: "
-                f"it has {list(self.special_tokens)}"
+    def _special_names(self, names: str | Iterable[str]) -> Collection[str]:
+        if isinstance(names, str):
+            if names == "all":
+                return self.special_tokens
+            names = [names]
+        if not isinstance(names, Iterable):
+            raise TypeError(
+                f'special tokens must be "all" or a list of texts, got {type(names).__name__}: '
+                "for none, write []"
             )
+        names = list(names)
+        for name in names:
+            if not isinstance(name, str) or name not in self.special_tokens:
+                raise ValueError(
+                    f"{name!r} is no special token of this vocabulary: "
+                    f"it has {list(self.special_tokens)}"
+                )
         return names
 
 
@@ -237,12 +252,11 @@ def check_names(special_tokens: Iterable[str]) -> list[str]:
 def check_text(text: str) -> str:
     """The text itself. Raises TypeError if it is no str, ValueError for half a surrogate pair."""
     if not isinstance(text, str):
-        raise TypeError(
-            f"text must be str, got {type(text).__name__}: decode bytes first, or give them to "
-            "encode_bytes of a BPE tokenizer"
-        )
+        hint = ": decode bytes first, or give them to encode_bytes of a BPE tokenizer"
+        is_bytes = isinstance(text, bytes | bytearray)
+        raise TypeError(f"text must be str, got {type(text).__name__}{hint if is_bytes else ''}")
     try:
-        text.encode()
+        text.isascii() or text.encode()  # of most texts, the first takes no time
     except UnicodeEncodeError as error:
         raise ValueError(
             f"the text has half a surrogate pair, which is no character, at index {error.start}"

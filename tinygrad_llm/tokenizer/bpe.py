@@ -77,11 +77,13 @@ class BPETokenizer(Tokenizer):
 
         Each merge joins the most frequent pair of neighbouring tokens; of equally frequent pairs,
         the one that appeared first. When every word is one token, training stops early and the
-        vocabulary stays smaller. `progress(done, total)` is called after each merge. Special
-        tokens in the text are boundaries and are not learned from.
+        vocabulary stays smaller: of "a" or " ", it is the bytes alone. White space is text like any
+        other. Special tokens in the text are boundaries and are not learned from.
+        `progress(done, total)` is called after each merge.
 
-        Raises TypeError if the text is no str; ValueError for a text without words, a vocab_size
-        below 256 + the number of special tokens, or special tokens that cannot be told apart.
+        Raises TypeError if the text is no str; ValueError for an empty text (or nothing but special
+        tokens), a vocab_size below 256 + the number of special tokens, or special tokens that
+        cannot be told apart.
         """
         special_tokens = check_names(special_tokens)
         smallest = 256 + len(special_tokens)
@@ -91,7 +93,7 @@ class BPETokenizer(Tokenizer):
         for piece in ordinary_pieces(special_tokens, text):
             words.update(match.group() for match in WORD.finditer(piece))
         if not words:
-            raise ValueError("cannot train on an empty text: give some text to count pairs in")
+            raise ValueError("cannot train on an empty text: give some besides special tokens")
         word_counts = {word.encode(): count for word, count in words.items()}
         merges = learn_merges(word_counts, vocab_size - smallest, progress)
 

@@ -16,8 +16,10 @@ from tinygrad_llm.tokenizer.files import (
     CONFIG,
     TOKENIZER,
     by_id,
+    check_directory,
     check_ids,
     read_json,
+    read_special_tokens,
     read_text,
     write_json,
     write_tokenizer,
@@ -100,9 +102,14 @@ def read_directory(directory: Path) -> Vocabulary:
 
     Raises ValueError, which names the file and what was expected in it.
     """
+    check_directory(directory)
     vocab_file, merges_file = directory / "vocab.json", directory / "merges.txt"
     tokenizer_file = directory / TOKENIZER
     if not tokenizer_file.exists():
+        if not vocab_file.exists():
+            raise ValueError(
+                f"{vocab_file} is missing, and so is {TOKENIZER}: expected one of them"
+            )
         special_tokens = _special_tokens_of_config(directory / CONFIG)
         return read_vocab_and_merges(vocab_file, merges_file, special_tokens)
 
@@ -142,15 +149,16 @@ def _read_tokenizer_json(path: Path) -> Vocabulary:
             and splitter.get("use_regex", True)
             and not splitter["add_prefix_space"]
             and not content.get("normalizer")
+            and isinstance(model["vocab"], dict)
         )
-        vocab = dict(model["vocab"])
+        vocab = model["vocab"]
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         merges = [[str(part) for part in pair] for pair in merges]
-        special_tokens = {token["content"]: token["id"] for token in content["added_tokens"]}
     except (AttributeError, KeyError, TypeError, ValueError):
         is_gpt2 = False
     if not is_gpt2:
         raise ValueError(f"{path}: expected a byte-level BPE that splits words as GPT-2 does")
+    special_tokens = read_special_tokens(content, vocab, path)
     return _checked(vocab, merges, special_tokens, path, path)
 
 

@@ -60,14 +60,23 @@ def _added_token(name: str, token_id: int) -> dict[str, Any]:
     return {"id": token_id, "content": name, **plain, "special": True}
 
 
-def read_special_tokens(content: dict[str, Any], path: Path) -> dict[str, int]:
-    """The special tokens of a tokenizer.json. Raises ValueError, which names the file."""
+def read_special_tokens(
+    content: dict[str, Any], vocab: Mapping[str, int], path: Path
+) -> dict[str, int]:
+    """The special tokens of a tokenizer.json, whose model has the ids of `vocab`.
+
+    Raises ValueError, which names the file and what was expected in it.
+    """
     try:
         found = {token["content"]: token["id"] for token in content["added_tokens"]}
     except (KeyError, TypeError):
         found = {"": 0}
     if not all(isinstance(name, str) and name for name in found):
         raise ValueError(f"{path}: expected added_tokens with a content and an id each")
+    for name, i in found.items():
+        if vocab.get(name, i) != i:
+            ids = f"{vocab[name]!r} and {i!r}"
+            raise ValueError(f"{path}: {name!r} has two ids, {ids}: expected one")
     return found
 
 
@@ -79,19 +88,31 @@ def read_vocab(content: dict[str, Any], path: Path) -> tuple[dict[str, int], dic
     vocab = content["model"].get("vocab")
     if not isinstance(vocab, dict):
         raise ValueError(f"{path}: expected the model's vocab to map tokens to ids")
-    special_tokens = read_special_tokens(content, path)
+    special_tokens = read_special_tokens(content, vocab, path)
     check_ids(vocab | special_tokens, path)
     return {name: i for name, i in vocab.items() if name not in special_tokens}, special_tokens
 
 
 def check_ids(vocab: Mapping[str, int], file: Path) -> None:
-    """Raises ValueError, which names the file, unless each id 0, 1, ... is there once."""
+    """Raises ValueError, which names the file, unless tokens are texts and have ids 0, 1, ..."""
     if not all(type(token_id) is int for token_id in vocab.values()):
         raise ValueError(f"{file}: expected a whole number as the id of each token")
     if sorted(vocab.values()) != list(range(len(vocab))):
         raise ValueError(
             f"{file}: expected each id 0..{len(vocab) - 1} once, for its {len(vocab)} tokens"
         )
+    try:
+        "".join(vocab).encode()
+    except UnicodeEncodeError:  # JSON can spell it
+        raise ValueError(
+            f"{file}: a token has half a surrogate pair: expected whole characters"
+        ) from None
+
+
+def check_directory(path: Path) -> None:
+    """Raises ValueError for a file: all that a tokenizer saves is in one folder."""
+    if path.is_file():
+        raise ValueError(f"{path} is a file: expected the folder that a tokenizer was saved in")
 
 
 def read_tokenizer(directory: Path, kind: str) -> tuple[dict[str, Any], Path]:
@@ -99,6 +120,7 @@ def read_tokenizer(directory: Path, kind: str) -> tuple[dict[str, Any], Path]:
 
     Raises ValueError, which names the file and what was expected in it.
     """
+    check_directory(directory)
     path = directory / TOKENIZER
     content = read_json(path)
     found = model_type(content)
@@ -133,11 +155,13 @@ def _has(found: Any, expected: Any) -> bool:
 
 
 def read_text(path: Path, expected: str) -> str:
-    """The text of a file. Raises ValueError if it is missing or no UTF-8."""
+    """The text of a file. Raises ValueError if it is missing, no file, or no UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: expected {expected}") from None
+    except OSError as error:  # a folder, or not allowed
+        raise ValueError(f"{path} cannot be read ({error.strerror}): expected {expected}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 at byte offset {error.start}") from None
 
@@ -145,11 +169,17 @@ def read_text(path: Path, expected: str) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ValueError if it is missing, damaged or something else."""
     expected = "one JSON object"
+    text = read_text(path, expected)
     try:
-        content = json.loads(read_text(path, expected))
+        content = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path} is not valid JSON (line {error.lineno}: {error.msg}): expected {expected}"
+        ) from None
+    except (ValueError, RecursionError):  # thousands of digits or of brackets
+        raise ValueError(
+            f"{path} is not JSON that Python can read (a number or the nesting has no end): "
+            f"expected {expected}"
         ) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}: expected {expected}")

@@ -47,6 +47,11 @@ class TiktokenTokenizer(Tokenizer):
         """
         return BPETokenizer(merges_of(self._token_ids), self._token_ids, self.special_tokens)
 
+    @property
+    def vocab_size(self) -> int:
+        """One more than the last id: cl100k_base, for one, leaves some ids out."""
+        return max(self.encoding.n_vocab, 1 + max(self.special_tokens.values(), default=0))
+
     def _ordinary_ids(self, text: str) -> list[int]:
         return self.encoding.encode_ordinary(text)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import regex
 
+from tinygrad_llm.data.streaming import BEFORE_SPACE
 from tinygrad_llm.tokenizer.base import (
     Tokenizer,
     WordIds,
@@ -42,6 +43,7 @@ EM_STEPS = 2  # between two rounds of pruning
 KEPT = 0.75  # the part of the pieces that a round keeps
 RAREST = 1e-12  # a piece's smallest probability while it is fitted: log 0 is no number
 UNKNOWN_PENALTY = 10.0  # nats that an unknown character costs more than the rarest piece
+LARGEST = 1e9  # the size of a log probability in a file: sums of them must stay exact
 DIGITS = 6  # of a log probability: short decimals are read alike by every library
 
 CHUNK = regex.compile(f"{SPACE}[^{SPACE}]*|[^{SPACE}]+")  # a space begins what follows it
@@ -220,6 +222,8 @@ class UnigramTokenizer(Tokenizer):
     is spelled as elsewhere; decoding takes one away.
     """
 
+    word_end = BEFORE_SPACE  # pieces go on across the ends of lines
+
     def __init__(
         self,
         pieces: Mapping[str, float],
@@ -256,9 +260,11 @@ class UnigramTokenizer(Tokenizer):
 
         All characters of the text are pieces. Of a short text, there may be fewer pieces than asked
         for. `progress(done, total)` is called after each round with the number of dropped pieces.
+        White space is text like any other.
 
-        Raises TypeError if the text is no str; ValueError for an empty text, a vocab_size that does
-        not hold all characters, or special tokens that cannot be told apart or lack "<unk>".
+        Raises TypeError if the text is no str; ValueError for an empty text (or nothing but special
+        tokens), a vocab_size that does not hold all characters, or special tokens that cannot be
+        told apart or lack "<unk>".
         """
         special_tokens = check_names(special_tokens)
         fixed = special_tokens + (BYTES if byte_fallback else [])
@@ -267,7 +273,7 @@ class UnigramTokenizer(Tokenizer):
             for chunk in _chunks(piece, prefix_space):
                 counts.update(LINE.findall(chunk))
         if not counts:
-            raise ValueError("cannot train on an empty text: give some text to take pieces from")
+            raise ValueError("cannot train on an empty text: give some besides special tokens")
         n_characters = len({character for chunk in counts for character in chunk})
         why = f"{len(fixed)} special tokens and bytes, {n_characters} characters of the text"
         vocab_size = check_vocab_size(vocab_size, len(fixed) + n_characters, why)
@@ -290,20 +296,23 @@ class UnigramTokenizer(Tokenizer):
         scheme = pre_tokenizer.get("prepend_scheme") if isinstance(pre_tokenizer, dict) else None
         expected = [("normalizer", None), ("pre_tokenizer", _metaspace(scheme == "always"))]
         check_parts(content, path, expected, "that only writes spaces as ▁")
-        special_tokens = read_special_tokens(content, path)
         pieces = _read_pieces(content["model"], path)
         token_ids = {x: i for i, x in enumerate(pieces)}
-        for name, i in token_ids.items():
-            if special_tokens.get(name, i) != i:
-                raise ValueError(f"{path}: {name!r} has two ids, {i} and {special_tokens[name]}")
+        special_tokens = read_special_tokens(content, token_ids, path)
         check_ids(token_ids | special_tokens, path)
+        unk_id = content["model"].get("unk_id")
+        if unk_id not in (None, special_tokens.get(UNKNOWN, unk_id)):
+            raise ValueError(f"{path}: unk_id is {unk_id!r}: expected the id of {UNKNOWN!r}")
+        byte_fallback = content["model"].get("byte_fallback", False)  # older files leave it out
+        if not isinstance(byte_fallback, bool):
+            raise ValueError(f"{path}: expected byte_fallback to be true or false")
         ordinary = {x: p for x, p in pieces.items() if x not in special_tokens}
         try:
             return cls(
                 ordinary,
                 {x: token_ids[x] for x in ordinary},
                 special_tokens,
-                content["model"].get("byte_fallback") is True,
+                byte_fallback,
                 scheme == "always",
             )
         except ValueError as error:
@@ -417,16 +426,18 @@ def _metaspace(prefix_space: bool) -> dict:
 
 def _read_pieces(model: dict, path: Path) -> dict[str, float]:
     """The log probability of each piece, in the order of ids."""
-    expected = "expected a vocab of different pieces, each with its log probability"
+    vocab = model.get("vocab")
     try:
-        pieces = {str(piece): float(log_prob) for piece, log_prob in model["vocab"]}
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path}: {expected}") from None
-    texts = all(isinstance(piece, str) and piece for piece, _ in model["vocab"])
+        pieces = {piece: log_prob for piece, log_prob in vocab}
+    except (TypeError, ValueError):
+        pieces = {}
     if (
-        len(pieces) < len(model["vocab"])
-        or not texts
-        or not all(map(math.isfinite, pieces.values()))
+        not isinstance(vocab, list)
+        or not 0 < len(pieces) == len(vocab)
+        or not all(isinstance(piece, str) and piece for piece in pieces)
+        or not all(isinstance(p, int | float) and abs(p) < LARGEST for p in pieces.values())
     ):
-        raise ValueError(f"{path}: {expected}")
-    return pieces
+        raise ValueError(
+            f"{path}: expected a vocab of different pieces, each with its log probability"
+        )
+    return {piece: float(log_prob) for piece, log_prob in pieces.items()}

@@ -4,8 +4,8 @@ A word is spelled as pieces, of which all but the first start with "##": play ##
 from characters and joins two pieces where they occur together more often than their own counts let
 expect; encoding takes the longest piece that fits, again and again.
 
-Schuster and Nakajima, "Japanese and Korean Voice Search", 2012 (training by likelihood); Devlin et
-al., "BERT", 2018 (the "##" and the longest match).
+Schuster and Nakajima, "Japanese and Korean Voice Search", 2012 (training by likelihood, in the
+sense that `learn_pieces` explains); Devlin et al., "BERT", 2018 (the "##" and the longest match).
 """
 
 import unicodedata
@@ -86,9 +86,18 @@ def learn_pieces(
 
         count(ab) / (count(a) count(b))
 
-    which is, up to a constant, how much likelier the pair is than if a and b were independent. Of
-    equal ones, the one that appeared first. Pairs rarer than `min_frequency` are left alone. Stops
-    early when no pair is left.
+    the pair's frequency over the product of its parts' frequencies; of equal ones, the one that
+    appeared first. Pairs rarer than `min_frequency` are left alone. Stops early when no pair is
+    left.
+
+    Why this: let each of the text's N pieces have the probability count / N, independently. As two
+    pieces, an occurrence of the pair has the probability P(a) P(b) = count(a) count(b) / N²; as one
+    it has P(ab) = count(ab) / N. The log likelihood of the text gains
+
+        log P(ab) / (P(a) P(b)) = log N + log score
+
+    for each occurrence, and N is the same for all pairs. So this is the gain per occurrence, not
+    that of the whole text, which is count(ab) times as much and prefers frequent pairs.
     """
     words = [[word[0], *(PREFIX + c for c in word[1:])] for word in word_counts]
     pieces = dict.fromkeys(sorted({piece for word in words for piece in word}))
@@ -177,15 +186,18 @@ class WordPieceTokenizer(Tokenizer):
         text a higher value makes better pieces. Training stops early when no pair is left.
         `progress(done, total)` is called after each piece.
 
-        Raises TypeError if the text is no str; ValueError for a text without words, a vocab_size
-        that does not hold all characters, or special tokens that cannot be told apart.
+        Raises TypeError if the text is no str; ValueError for a text without words (empty, or
+        nothing but white space, control characters and special tokens), a vocab_size that does not
+        hold all characters, or special tokens that cannot be told apart.
         """
         special_tokens = check_names(special_tokens)
         counts = Counter()
         for piece in ordinary_pieces(special_tokens, text):
             counts.update(split_words(piece, lowercase))
         if not counts:
-            raise ValueError("cannot train on an empty text: give some text to count pairs in")
+            raise ValueError(
+                "cannot train on an empty text, white space or control characters: give words"
+            )
         characters = {(i > 0, c) for word in counts for i, c in enumerate(word)}
         smallest = len(special_tokens) + len(characters)
         why = f"{len(special_tokens)} special tokens and {len(characters)} characters of words"

@@ -17,10 +17,12 @@ from tinygrad_llm.tokenizer.base import (
     ordinary_pieces,
 )
 from tinygrad_llm.tokenizer.files import (
+    TOKENIZER,
     by_id,
+    check_ids,
     check_parts,
-    read_special_tokens,
     read_tokenizer,
+    read_vocab,
     write_tokenizer,
 )
 
@@ -105,12 +107,13 @@ class WordTokenizer(Tokenizer):
     ) -> "WordTokenizer":
         """The vocabulary of a text, special tokens last. Without any: the book's V1.
 
-        Raises TypeError if the text is no str, ValueError for a text without words.
+        Raises TypeError if the text is no str; ValueError for a text without words: empty, or
+        nothing but white space and special tokens.
         """
         special_tokens = check_names(special_tokens)
         words = [w for piece in ordinary_pieces(special_tokens, text) for w in split_words(piece)]
         if not words:
-            raise ValueError("cannot train on an empty text: give some text to take words from")
+            raise ValueError("cannot train on an empty text or white space: give some with words")
         return cls(build_vocabulary(words, special_tokens), unk_token, special_tokens)
 
     @classmethod
@@ -122,23 +125,27 @@ class WordTokenizer(Tokenizer):
         content, path = read_tokenizer(Path(directory), "WordLevel")
         check_parts(content, path, [("normalizer", None)], "that changes no text: null")
         check_parts(content, path, [("pre_tokenizer", PRE_TOKENIZER)], "that cuts words as we do")
-        special_tokens = read_special_tokens(content, path)
+        ordinary, special_tokens = read_vocab(content, path)
+        vocab = ordinary | special_tokens
+        unk_token = content["model"].get("unk_token")
+        if not isinstance(unk_token, str):
+            raise ValueError(f"{path}: expected the name of the model's unk_token")
+        if unk_token == UNKNOWN and UNKNOWN not in vocab:
+            unk_token = None  # as `save` writes it
         try:
-            vocab = {**content["model"]["vocab"], **special_tokens}
-            unk_token = content["model"]["unk_token"]
-            return cls(vocab, unk_token if unk_token in vocab else None, special_tokens)
-        except (KeyError, TypeError):
-            raise ValueError(f"{path}: expected a vocab of words and an unk_token") from None
+            return cls(vocab, unk_token, special_tokens)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which Hugging Face opens.
 
-        Its `decode` leaves the space before punctuation. Raises OSError if it cannot write.
+        Its `decode` leaves the space before punctuation. Raises ValueError unless each id from 0 to
+        the last is a word's, so that a damaged file can be told; OSError if it cannot write.
         """
         unknown = self.unk_token or UNKNOWN  # the file must name one; it need not exist
         vocab = by_id(self.vocab | self.special_tokens)
+        check_ids(vocab, Path(directory) / TOKENIZER)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": self.unk_token}
         config["eos_token"] = END_OF_TEXT if END_OF_TEXT in vocab else None
         write_tokenizer(
@@ -151,7 +158,7 @@ class WordTokenizer(Tokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """One more than the last id: the rows that an embedding needs."""
+        """One more than the last id; the words' own ids may leave some out."""
         return max(self._tokens) + 1
 
     def encode(

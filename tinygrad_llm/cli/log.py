@@ -1,0 +1,115 @@
+"""A run's record: log.jsonl with a line for every step, and TensorBoard's events made from it."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from ..data.files import atomic_write
+from ..train import Report
+
+LOG = "log.jsonl"
+EVENTS = "tensorboard"
+SCALARS = {  # what TensorBoard calls the numbers of a step
+    "loss": "loss/training",
+    "val_loss": "loss/validation",
+    "perplexity": "perplexity",
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+}
+
+
+class Log:
+    """log.jsonl: a JSON object for every step, in a line that is written as soon as it is done.
+
+    Its names are those of a Report; what a step did not compute is left out.
+    """
+
+    def __init__(self, directory: Path, last_step: int, tensorboard: bool = False):
+        """Goes on after `last_step`: what stands there of later steps is dropped.
+
+        Raises OSError if it cannot be written, ValueError as summary_writer does.
+        """
+        self.path = directory / LOG
+        writer = summary_writer() if tensorboard else None
+        before = [line for line in self._lines() if line["step"] <= last_step]
+        with atomic_write(self.path) as file:
+            file.writelines(_encoded(line) for line in before)
+        self._file = open(self.path, "ab")  # noqa: SIM115  open as long as the run
+        self._events = None
+        if writer is not None:
+            shutil.rmtree(directory / EVENTS, ignore_errors=True)  # all of it is in the log
+            self._events = writer(str(directory / EVENTS))
+            for line in before:
+                self._add_events(line)
+
+    def add(self, report: Report) -> None:
+        """Writes the line of a step. Raises OSError if it cannot be written."""
+        line = {**asdict(report), "perplexity": report.perplexity}
+        del line["best"]
+        line = {name: value for name, value in line.items() if value is not None}
+        self._file.write(_encoded(line))
+        self._file.flush()
+        if self._events is not None:
+            self._add_events(line)
+
+    def sync(self) -> None:
+        """Writes it through to the disk: a checkpoint never knows more steps than the log."""
+        os.fsync(self._file.fileno())
+
+    def reports(self) -> list[Report]:
+        """All steps so far."""
+        names = {field.name for field in fields(Report)}
+        lines = self._lines()
+        return [Report(**{k: v for k, v in line.items() if k in names}) for line in lines]
+
+    def close(self) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        """The lines up to the first that is none: a kill may have cut the last one."""
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
+            return
+        for line in content.splitlines():
+            try:
+                found = json.loads(line)
+            except ValueError:
+                return
+            if not _is_line(found):
+                return
+            yield found
+
+    def _add_events(self, line: dict[str, Any]) -> None:
+        for name, tag in SCALARS.items():
+            if name in line:
+                self._events.add_scalar(tag, line[name], line["step"])
+
+
+def _is_line(found: Any) -> bool:
+    numbers = isinstance(found, dict) and all(isinstance(v, int | float) for v in found.values())
+    return numbers and "step" in found
+
+
+def _encoded(line: dict[str, Any]) -> bytes:
+    finite = {k: v for k, v in line.items() if isfinite(v)}  # JSON has no infinity
+    return json.dumps(finite).encode() + b"\n"
+
+
+def summary_writer() -> type:
+    """What writes TensorBoard's events. Raises ValueError if there is no such package."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "--tensorboard needs the package tensorboardX: pip install tensorboardX, or leave it "
+            f"out; {LOG} has the same numbers"
+        ) from None
+    return SummaryWriter
