@@ -1,6 +1,7 @@
 """The command line, from the repository's root:
 
-    python -m benchmarks ops | train | generate | shakespeare | tokenizer | gradcheck | load | kernels
+    python -m benchmarks ops | train | generate | shakespeare | tokenizer | load | gradcheck |
+                         kernels
 
 Each command sets the number of threads first and imports the rest afterwards: see machine.py.
 """

@@ -22,7 +22,13 @@ from .errors import user_input
 TEMPERATURE, TOP_K = 0.8, 40  # where nothing else is asked for
 BATCH = 8  # prompts of a file that are continued side by side
 
-Model = Annotated[Path, typer.Option(metavar="DIR", help="A directory that `train` has made.")]
+Model = Annotated[
+    Path,
+    typer.Option(
+        metavar="DIR|NAME",
+        help="A directory that `train` has made, or a model's name on Hugging Face, such as gpt2.",
+    ),
+]
 Temperature = Annotated[
     float | None,
     typer.Option(
