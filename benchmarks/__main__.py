@@ -1,6 +1,7 @@
 """The command line, from the repository's root:
 
-    python -m benchmarks ops | train | shakespeare | tokenizer | gradcheck | load | kernels
+    python -m benchmarks ops | train | generate | shakespeare | tokenizer | load | gradcheck |
+                         kernels
 
 Each command sets the number of threads first and imports the rest afterwards: see machine.py.
 """
@@ -26,6 +27,7 @@ Rounds = Annotated[int, typer.Option(min=1, help="Turns that each alternative ge
 Save = Annotated[bool, typer.Option("--save", help="Write JSON and Markdown into --results.")]
 Results = Annotated[Path, typer.Option(metavar="DIR", help="Where --save writes.")]
 Size = StrEnum("Size", ["tiny", "small", "gpt2"])
+Text = StrEnum("Text", ["tiny", "gpt2"])
 Chip = StrEnum("Chip", ["80", "86", "89", "90", "100", "120"])
 Model = StrEnum("Model", [("tiny", "tiny"), ("nano", "nanogpt-cpu"), ("default", "default-job")])
 
@@ -96,6 +98,47 @@ def train(
         notes.append(note)
     settings = {"rounds": rounds, "steps": steps, "check": check}
     finish(Result("train", settings, data, tables, notes), description, save, results)
+
+
+@app.command()
+def generate(
+    size: Annotated[Text, typer.Option(help="The model; its weights are random.")] = Text.gpt2,
+    batch: Annotated[list[int], typer.Option(min=1, help="Rows; may be repeated.")] = [1, 8],  # noqa: B006
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 64,
+    new: Annotated[int, typer.Option(min=2, help="Tokens that each prompt gets.")] = 64,
+    rounds: Rounds = 5,
+    threads: Threads = 2,
+    save: Save = False,
+    results: Results = RESULTS,
+):
+    """Generation with a cache of keys and values, ours and transformers', side by side."""
+    description, method = prepare(threads, True, save, results), Method.for_threads(threads, rounds)
+    if not machine.installed("transformers"):
+        fail("this needs transformers to compare with: pip install -e '.[test]'")
+    from tinygrad_llm.random import Generator
+
+    from .generate import Task, measure_task, models
+
+    say("making the models")
+    pair = models(size.value, Generator(0))
+    data, tables = {}, []
+    for rows in batch:
+        say(f"measuring batch {rows}")
+        try:
+            data[f"batch {rows}"], more = measure_task(*pair, Task(rows, prompt, new), method)
+        except ValueError as error:
+            fail(str(error), code=1)
+        tables += more
+    settings = {"model": size.value, "prompt": prompt, "new": new, "rounds": rounds}
+    settings |= {"transformers": machine.installed("transformers")}
+    notes = [GENERATE_NOTE, RATIO_NOTE.replace("PyTorch", "transformers")]
+    finish(Result("generate", settings, data, tables, notes), description, save, results)
+
+
+GENERATE_NOTE = (
+    "weights: their bytes over the time of a step, in which each is read once. The head's product "
+    "reads its matrix once, too, and does nothing else: about what the memory allows."
+)
 
 
 @app.command()

@@ -99,6 +99,19 @@ def test_train(tmp_path):
     assert ops["attention"]["calls"] == 2 and ops["attention"]["backward"] > 0
 
 
+@needs_torch
+def test_generate(tmp_path):
+    small = ["--size", "tiny", "--batch", "2", "--prompt", "5", "--new", "4", "--rounds", "1"]
+    done = run("generate", *small, "--threads", "1", "--save", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    result = saved(tmp_path, "generate")["batch 2"]
+    assert all(value > 0 for value in result["ratio"].values())
+    assert set(result["decoding"]) == {"ours", "transformers"}
+    ours = result["decoding"]["ours"]
+    assert ours["tokens_per_second"] == pytest.approx(2 * 4 / ours["seconds"])
+    assert result["head_bytes_per_second"] > 0
+
+
 def test_shakespeare(tmp_path):
     text = "To be, or not to be, that is the question.\n" * 60
     (tmp_path / "tinyshakespeare.txt").write_text(text, encoding="utf-8")

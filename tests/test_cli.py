@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tinygrad_llm.checkpoint import checkpoints, load_model, load_training_state
+from tinygrad_llm.checkpoint import checkpoints, load_model, load_tokenizer, load_training_state
 from tinygrad_llm.data import train_val_split
+from tinygrad_llm.generate import beam_search, stream, stream_text
+from tinygrad_llm.random import Generator
 from tinygrad_llm.train import evaluate
 
 COMMAND = [sys.executable, "-m", "tinygrad_llm"]
@@ -407,6 +409,70 @@ def test_a_pipe_that_is_closed_early(trained):
     process.wait()
 
 
+def test_standard_input_options_and_stop_strings(trained):
+    """What the command shows is what the library gives."""
+    directory, _ = trained
+    gpt = load_model(directory)
+    tokenizer = load_tokenizer(directory, gpt)
+    prompt = "to be"
+    options = {"top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2, "temperature": 1.5}
+    typed = [part for n, v in options.items() for part in ("--" + n.replace("_", "-"), v)]
+    typed += ["--model", directory, "--max-tokens", 30, "--top-k", 20, "--seed", 7]
+    options |= {"top_k": 20, "generator": Generator(7), "vocab_size": tokenizer.vocab_size}
+    ids = list(stream(gpt, tokenizer.encode(prompt), 30, **options, stop_id=tokenizer.end_of_text))
+    text = prompt + "".join(stream_text(ids, tokenizer))
+    done = run("generate", "-", *typed, input=prompt + "\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, text + "\n", "")
+    middle = len(text) // 2
+    stop = text[middle : middle + 5]  # of several tokens, most likely
+    done = run("generate", prompt, *typed, "--stop", "nowhere!", "--stop", stop)
+    assert done.stdout == prompt + text[len(prompt) :].split(stop)[0] + "\n"
+
+
+def test_prompts_of_a_file_and_beams(tmp_path, trained):
+    directory, _ = trained
+    gpt = load_model(directory)
+    tokenizer = load_tokenizer(directory, gpt)
+    prompts = ["to be", "日本", "Größe or not to be", *"abcdefg"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    typed = ["generate", "--model", directory, "--max-tokens", 8]
+    options = {"stop_id": tokenizer.end_of_text, "vocab_size": tokenizer.vocab_size}
+
+    def lines(*more):
+        done = run(*typed, "--batch", "prompts.txt", *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        found = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [line["prompt"] for line in found] == prompts
+        return [line["text"] for line in found]
+
+    each = [tokenizer.encode(prompt) for prompt in prompts]
+    greedy = [list(stream(gpt, ids, 8, 0, **options)) for ids in each]
+    assert lines("--temperature", 0) == [tokenizer.decode(new) for new in greedy]
+    best = [beam_search(gpt, ids, 8, 3, **options)[0].ids[len(ids) :] for ids in each]
+    texts = [tokenizer.decode(new) for new in best]
+    assert lines("--beams", 3) == texts
+    assert run(*typed, "to be", "--beams", 3).stdout == f"to be{texts[0]}\n"
+
+
+def test_a_prompt_longer_than_the_context(trained):
+    directory, _ = trained  # its context is 16
+    typed = ["generate", "--model", directory, "--max-tokens", 4, "--temperature", 0]
+    prompt = "Another naïve café, or not; " * 4
+    assert_refused(run(*typed, prompt), "the model sees 16", "add --crop")
+    done = run(*typed, prompt, "--crop")
+    assert done.returncode == 0 and done.stdout.startswith(prompt)
+
+
+def test_ctrl_c_keeps_what_was_written(trained):
+    directory, _ = trained
+    process = start("generate", "--model", directory, "to be", "--max-tokens", 10**6)
+    shown = process.stdout.read(40)
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert (shown + rest).startswith("to be") and rest.endswith("\n")
+
+
 # --- what is wrong is said in one line ------------------------------------------------------------
 
 
@@ -506,6 +572,17 @@ def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(tmp_path, text_file)
         ("--model RUN ''", ["the prompt is empty"]),
         ("--model RUN x --temperature -1", ["temperature must be a number from 0 on, got -1"]),
         ("--model RUN x --top-k 0", ["--top-k"]),
+        ("--model RUN x --top-k 999", ["top_k must be at most", "the number of tokens"]),
+        ("--model RUN x --top-p 0", ["top_p must be above 0 and at most 1, got 0"]),
+        ("--model RUN x --min-p 1.5", ["min_p must be a number from 0 to 1, got 1.5"]),
+        ("--model RUN x --repetition-penalty 0", ["repetition_penalty must be a number above 0"]),
+        ("--model RUN x --stop ''", ["a stop string is empty"]),
+        ("--model RUN x --beams 0", ["--beams"]),
+        ("--model RUN x --beams 2 --top-k 5", ["--beams searches", "leave --top-k out"]),
+        ("--model RUN x --batch y", ["one prompt", "or --batch FILE"]),
+        ("--model RUN --batch missing.txt", ["missing.txt"]),
+        ("--model RUN --batch gaps.txt", ["gaps.txt has no prompt in line 2"]),
+        ("--model RUN --batch latin1.txt", ["latin1.txt is not UTF-8 at byte offset 2"]),
         ("--model RUN x --max-tokens -5", ["--max-tokens"]),
         ("--model RUN", ["prompt"]),
         ("x", ["--model"]),
@@ -514,6 +591,8 @@ def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(tmp_path, text_file)
 )
 def test_generating_refuses(tmp_path, trained, arguments, parts):
     directory, _ = trained
+    (tmp_path / "gaps.txt").write_text("one\n\nthree\n")
+    (tmp_path / "latin1.txt").write_bytes("Größe".encode("latin-1"))
     arguments = [str(directory) if a == "RUN" else a for a in shlex.split(arguments)]
     assert_refused(run("generate", *arguments, cwd=tmp_path), *parts)
 

@@ -15,6 +15,7 @@ from . import functional as F  # noqa: N812 (PyTorch's name for it)
 from .nn import (
     Dropout,
     Embedding,
+    KVCache,
     LayerNorm,
     Linear,
     Module,
@@ -26,6 +27,7 @@ from .nn import (
     segment_mask,
     segment_positions,
 )
+from .nn.cache import overflow
 from .nn.init import constant_, normal_
 from .nn.layers import check_divides, check_probability, check_sizes
 from .random import Generator
@@ -215,31 +217,60 @@ class GPT(Module):
             layer.reset_parameters(generator)
 
     def forward(
-        self, ids: Tensor | ArrayLike, segments: Tensor | ArrayLike | None = None
+        self,
+        ids: Tensor | ArrayLike,
+        segments: Tensor | ArrayLike | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Logits of the token that follows each of the given ones.
 
         ids         (B, T) integers, a Tensor or an array -> (B, T, V)
         segments    (B, T) integers, for rows packed with several documents: a token sees its own
                     document only, and positions start again at 0 in each
+        cache       of new_cache: the ids follow the tokens in it, and are added to it
         Raises ValueError for other shapes or more than context_length tokens, IndexError for ids
         that are not in the vocabulary, TypeError for ids that are no integers.
         """
-        ids = self._checked(ids)  # (B, T)
-        positions, mask = np.arange(ids.shape[1]), None  # (T,)
+        return self.out_head(self.hidden_states(ids, segments, cache))  # (B, T, V)
+
+    def hidden_states(
+        self,
+        ids: Tensor | ArrayLike,
+        segments: Tensor | ArrayLike | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """What the output head reads, (B, T, C); the arguments are those of forward."""
+        if cache is None:
+            ids = self._checked(ids)  # (B, T)
+            positions, mask = np.arange(ids.shape[1]), None  # (T,)
+        else:
+            cache.truncate(cache.length)  # an interrupted call may have filled some layers only
+            ids = self._checked(ids, cache.length)
+            positions, mask = cache.positions(ids.shape[1]), cache.mask(ids.shape[1])
         if segments is not None:
+            if cache is not None:
+                raise ValueError("GPT: segments and a cache exclude each other; leave one out")
             segments = self._checked_segments(segments, ids.shape)  # (B, T)
             positions = segment_positions(segments)  # (B, T)
             mask = Tensor(segment_mask(segments))  # (B, 1, T, T)
         x = self.tok_emb(ids) + self.pos_emb(positions)  # (B, T, C) + (T, C)
         x = self.drop_emb(x)  # (B, T, C)
-        for block in self.blocks:
-            if self.recompute:
+        layers = [None] * len(self.blocks) if cache is None else cache.layers
+        for block, layer in zip(self.blocks, layers, strict=True):
+            if self.recompute and cache is None:
                 x = recompute(block, x, mask, generator=self.drop_emb.generator)  # (B, T, C)
             else:
-                x = block(x, mask)  # (B, T, C)
-        x = self.final_norm(x)  # (B, T, C)
-        return self.out_head(x)  # (B, T, V)
+                x = block(x, mask, layer)  # (B, T, C)
+        return self.final_norm(x)  # (B, T, C)
+
+    def new_cache(self, batch: int = 1, padding: ArrayLike | None = None) -> KVCache:
+        """An empty cache for `batch` rows, for forward inside no_grad().
+
+        padding     (B,) how many of each row's first tokens are none; default: no padding
+        """
+        C, H = self.cfg.emb_dim, self.cfg.n_heads
+        sizes = self.cfg.n_layers, batch, H, self.cfg.context_length, C // H
+        return KVCache(*sizes, self.tok_emb.weight.dtype, padding)
 
     def loss(
         self,
@@ -313,8 +344,8 @@ class GPT(Module):
         """How many numbers are trained, shared ones counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def _checked(self, ids):
-        """The ids as an array (B, T) that this model can take."""
+    def _checked(self, ids, start=0):
+        """The ids as an array (B, T) that this model can take after `start` others."""
         ids = ids.data if isinstance(ids, Tensor) else np.asarray(ids)
         if ids.ndim != 2 or ids.size == 0:
             raise ValueError(
@@ -324,11 +355,8 @@ class GPT(Module):
         if ids.dtype.kind not in "iu":
             raise TypeError(f"GPT: ids are integers, not {ids.dtype}; encode the text first")
         longest = self.cfg.context_length
-        if ids.shape[1] > longest:
-            raise ValueError(
-                f"GPT: ids of shape {ids.shape} exceed context_length {longest}; "
-                f"keep the last {longest}"
-            )
+        if start + ids.shape[1] > longest:
+            raise ValueError(overflow(f"GPT: ids of shape {ids.shape}", start, longest))
         vocab_size = self.cfg.vocab_size
         if ids.min() < 0 or ids.max() >= vocab_size:
             wrong = int(ids.min() if ids.min() < 0 else ids.max())

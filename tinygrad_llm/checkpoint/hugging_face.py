@@ -29,7 +29,7 @@ from .shards import (
     size_in_bytes,
     write_weights,
 )
-from .tensors import DTYPES, StoredTensor, copy_tensor, few, line, pieces, read_json, shown
+from .tensors import WEIGHT_DTYPES, StoredTensor, copy_tensor, few, line, pieces, read_json, shown
 
 CONFIG = "config.json"
 
@@ -145,8 +145,8 @@ def weights_dtype(dtype: DTypeLike) -> np.dtype:
         found = np.dtype(dtype)
     except TypeError:
         found = None
-    if found not in DTYPES.values():
-        names = ", ".join(str(known) for known in DTYPES.values())
+    if found not in WEIGHT_DTYPES.values():
+        names = ", ".join(str(known) for known in WEIGHT_DTYPES.values())
         raise ValueError(f"weights cannot be written as {dtype}: expected one of {names}")
     return found
 
@@ -353,8 +353,8 @@ def _fitting(cfg: GPTConfig, stored: dict[str, StoredTensor]) -> dict[str, Store
 
 def _unfit(name, shape, tensor):
     """What is wrong with a tensor: a list of one text, or of none."""
-    if tensor.kind not in DTYPES:
-        known = ", ".join(map(str, DTYPES.values()))
+    if tensor.kind not in WEIGHT_DTYPES:
+        known = ", ".join(map(str, WEIGHT_DTYPES.values()))
         return [f"{name} has dtype {shown(tensor.kind)}, expected one of {known}"]
     if tensor.shape != shape:
         return [f"{name} has shape {shown(tensor.shape)}, expected {shape}"]

@@ -15,10 +15,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from ..data.files import atomic_write
+from .tensors import DTYPE_NAMES, DTYPES, make_header
 
 CHECKPOINTS = "checkpoints"
 OLD_STATE = "training_state.safetensors"  # all that earlier versions of the library kept
@@ -26,12 +26,6 @@ FORMAT = "tinygrad_llm training state"
 NO_DIGEST = "0" * 64  # stands in the header while the digest is computed
 LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 NAME = re.compile(r"step-(\d{8,})\.safetensors")
-DTYPES = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
-    "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool,
-}  # fmt: skip
-DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 
 # --- a run's checkpoints --------------------------------------------------------------------------
@@ -78,7 +72,8 @@ def save_training_state(path: str | Path, state: dict[str, Any]) -> None:
     """
     arrays: dict[str, np.ndarray] = {}
     tree = json.dumps(_without_arrays(state, "state", arrays))
-    header = _header(arrays, {"sha256": NO_DIGEST, "format": FORMAT, "state": tree})
+    metadata = {"sha256": NO_DIGEST, "format": FORMAT, "state": tree}
+    header = make_header({name: (a.dtype, a.shape) for name, a in arrays.items()}, metadata)
     digest = hashlib.sha256(header)
     for array in arrays.values():
         digest.update(_bytes(array))
@@ -125,18 +120,6 @@ def load_training_state(path: str | Path) -> dict[str, Any]:
         return _with_arrays(json.loads(tree), arrays)
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} holds no training state, though its SHA-256 is right") from None
-
-
-def _header(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
-    """As safetensors has it, with spaces at the end to keep the arrays aligned."""
-    entries: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, array in arrays.items():
-        start, end = end, end + array.nbytes
-        dtype, shape = DTYPE_NAMES[array.dtype], list(array.shape)
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    header = json.dumps(entries).encode()
-    return header + b" " * (-len(header) % 8)
 
 
 def _array(data: np.ndarray, entry: dict[str, Any]) -> np.ndarray:

@@ -18,12 +18,16 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-DTYPES = {  # how a header calls them
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F64": np.dtype(np.float64),
-}
+DTYPES = {  # by the names that headers have for them
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+    "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool,
+}  # fmt: skip
+DTYPES = {name: np.dtype(dtype) for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WEIGHT_DTYPES = {
+    name: DTYPES[name] for name in ("F32", "F16", "BF16", "F64")
+}  # what weights can be
 PIECE = 2**24  # bytes of a tensor that are mapped at a time: mapped pages count as memory
 BLOCK = 16  # rows that are transposed at a time: as float32, what they write are whole cache lines
 
@@ -39,7 +43,7 @@ class StoredTensor:
 
     @property
     def dtype(self) -> np.dtype:
-        """Raises KeyError for numbers that are no weights, such as integers."""
+        """Raises KeyError for a kind that NumPy does not have, such as float8."""
         return DTYPES[self.kind]
 
     @property
@@ -82,18 +86,6 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     return tensors, metadata
 
 
-def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """All tensors of a safetensors file, and its metadata. Raises ValueError if it is damaged."""
-    try:
-        with safe_open(path, framework="np") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except SafetensorError as error:
-        raise _damaged(path, error) from None
-    except TypeError as error:  # a dtype that neither NumPy nor ml_dtypes has
-        raise ValueError(f"{path}: {error}; expected float32, float16 or bfloat16") from None
-
-
 def copy_tensor(out: np.ndarray, tensor: StoredTensor, transposed: bool = False) -> None:
     """Fills an array, in its dtype, with a stored tensor or with a stored matrix's transpose."""
     for rows in pieces(tensor):
@@ -128,17 +120,27 @@ def write_tensors(
     The library's own writer wants every tensor in memory as the file will have it; this one casts
     and transposes a piece at a time. Raises ValueError for numbers too large for the dtype.
     """
-    kind = next(name for name, known in DTYPES.items() if known == dtype)
-    header, end = {"__metadata__": metadata}, 0
-    for name, tensor in tensors.items():
-        start, end = end, end + math.prod(tensor.shape) * dtype.itemsize
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of eight
-    file.write(len(text).to_bytes(8, "little") + text)
+    header = make_header({name: (dtype, t.shape) for name, t in tensors.items()}, metadata)
+    file.write(len(header).to_bytes(8, "little") + header)
     for name, tensor in tensors.items():
         for rows in pieces(tensor):
             file.write(_cast(name, tensor[rows], dtype).view(np.uint8))
+
+
+def make_header(
+    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: dict[str, str]
+) -> bytes:
+    """What stands before the numbers: where each tensor, of this dtype and shape, begins and ends.
+
+    The numbers stand in the same order. Spaces at the end align them to eight bytes.
+    """
+    header, end = {"__metadata__": metadata}, 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        place = {"shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": DTYPE_NAMES[dtype], **place}
+    text = json.dumps(header).encode()
+    return text + b" " * (-len(text) % 8)
 
 
 def _cast(name, part, dtype):
@@ -157,10 +159,6 @@ def _cast(name, part, dtype):
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 100
-
-
-def _damaged(path, error):
-    return ValueError(f"{path} is no whole safetensors file ({line(error)}): cut short?")
 
 
 def line(error: Exception) -> str:

@@ -9,6 +9,7 @@ import sys
 
 import typer
 
+from .chat import chat
 from .check import check
 from .data import data
 from .errors import UsageError, UserError, described
@@ -18,7 +19,7 @@ from .info import info
 from .screen import PROGRAM
 from .train import train
 
-COMMANDS = [train, generate, info, export, check]  # in the order of --help
+COMMANDS = [train, generate, chat, info, export, check]  # in the order of --help
 
 app = typer.Typer(
     add_completion=False,

@@ -2,6 +2,7 @@
 
 from . import init
 from .attention import FeedForward, MultiHeadAttention, TransformerBlock
+from .cache import KVCache, LayerCache
 from .init import no_init
 from .layers import (
     GELU,
@@ -34,6 +35,8 @@ __all__ = [
     "Dropout",
     "Embedding",
     "FeedForward",
+    "KVCache",
+    "LayerCache",
     "LayerNorm",
     "Linear",
     "Module",

@@ -11,6 +11,7 @@ import numpy as np
 from .. import functional as F  # noqa: N812 (PyTorch's name for it)
 from ..random import Generator
 from ..tensor import Tensor
+from .cache import LayerCache
 from .init import no_init
 from .layers import (
     GELU,
@@ -87,17 +88,26 @@ class MultiHeadAttention(Module):
             reset_linear(self.qkv, part, generator)
         self.out_proj.reset_parameters(generator)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
         """x (..., T, d_in) -> (..., T, d_out); in a GPT, ... is B.
 
-        mask    booleans that broadcast to (..., H, T, T): which keys may be seen, besides causal;
+        mask    booleans that broadcast to (..., H, T, S): which keys may be seen, besides causal;
                 or floats that are added to the scores, such as a RelativePositionBias
+        cache   keys and values of the tokens before these, x being (B, T, d_in); those of these
+                are added. The S keys are all of them; without a cache, S = T
         """
         T = check_tokens("MultiHeadAttention", x, self.context_length)
+        start = 0 if cache is None else cache.length
+        if cache is not None and not self.causal:
+            raise ValueError("MultiHeadAttention: a cache needs causal=True")
         qkv = self.qkv(x)  # (B, T, C + 2 C / R) for R heads of queries that share one of keys
         q, k, v = (self._heads(qkv[..., part]) for part in self._parts())  # (B, H, T, D)
         if self.rope is not None:
-            q, k = self.rope(q), self.rope(k)
+            q, k = self.rope(q, start), self.rope(k, start)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, H / R, S, D)
         if self.n_kv_heads < self.n_heads:  # (B, H / R, R, T, D) and (B, H / R, 1, T, D)
             q = q.reshape(*q.shape[:-3], self.n_kv_heads, -1, *q.shape[-2:])
             k, v = k.unsqueeze(-3), v.unsqueeze(-3)
@@ -106,9 +116,9 @@ class MultiHeadAttention(Module):
             q,
             k,
             v,
-            mask=self._windowed(mask, T),
+            mask=self._windowed(mask, T, start + T),
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=self.causal,
+            is_causal=self.causal and T > 1,  # a single query, the last, sees every key
             generator=self.generator,
         )  # (B, H, T, D)
         y = y.reshape(*x.shape[:-2], self.n_heads, T, self.head_dim)
@@ -134,11 +144,11 @@ class MultiHeadAttention(Module):
         groups = (1, 1) if H == 1 else (self.n_kv_heads, H // self.n_kv_heads)
         return mask.reshape(*shape[:-3], *groups, *shape[-2:])
 
-    def _windowed(self, mask, T):
+    def _windowed(self, mask, T, S):
         """`mask`, less the keys that are too far back."""
-        if self.window >= T:
+        if self.window >= S:
             return mask
-        near = Tensor(np.triu(np.ones((T, T), bool), k=1 - self.window))
+        near = Tensor(np.triu(np.ones((T, S), bool), k=S - T + 1 - self.window))
         if mask is None:
             return near
         return F.where(near, mask, False if mask.dtype == np.bool else -math.inf)
@@ -220,7 +230,9 @@ class TransformerBlock(Module):
         self.ff = FeedForward(emb_dim, generator=generator)
         self.drop = Dropout(dropout, generator)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, T, C) -> (B, T, C); mask as in MultiHeadAttention."""
-        x = x + self.drop(self.att(self.norm1(x), mask))  # (B, T, C)
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """x (B, T, C) -> (B, T, C); mask and cache as in MultiHeadAttention."""
+        x = x + self.drop(self.att(self.norm1(x), mask, cache))  # (B, T, C)
         return x + self.drop(self.ff(self.norm2(x)))  # (B, T, C)

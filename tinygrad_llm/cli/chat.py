@@ -1,0 +1,157 @@
+"""`tinygrad-llm chat`: a conversation with a trained model, line by line."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from ..checkpoint import load_model, load_tokenizer
+from ..generate import Decoder, stream, stream_text
+from ..gpt import GPT
+from ..tokenizer import Tokenizer
+from .errors import UserError, user_input
+from .generate import MinP, Model, Penalty, Seed, Temperature, TopK, TopP, sampling, write
+from .screen import interruptible
+
+COMMANDS = {"/reset": "forgets what was said", "/quit": "ends, as Ctrl-D does"}
+
+Turn = tuple[str, str]  # what the user said, and what the model replied
+
+
+def chat(
+    model: Model,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a reply.")] = 200,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = None,
+) -> int:
+    """Talk with a trained model: a line is a message. /reset forgets what was said, /quit or Ctrl-D
+    ends, Ctrl-C ends a reply.
+    """
+    with user_input():
+        gpt = load_model(model)
+        tokenizer = load_tokenizer(model, gpt)
+        options = sampling(
+            tokenizer, seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        )  # fmt: skip
+        stream(gpt, [0], 0, **options)  # refuses what is out of range
+        conversation = Conversation(gpt, tokenizer, PlainTemplate(), max_tokens, options)
+    terminal = sys.stdin.isatty()
+    if terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 (gives input() a history)
+        write("".join(f"{name} {what}\n" for name, what in COMMANDS.items()))
+    for line in _lines("> " if terminal else ""):
+        if line == "/quit":
+            break
+        if line == "/reset":
+            conversation.turns = []
+        elif line.startswith("/"):
+            _say(f"there is no {line.split()[0]}: type {' or '.join(COMMANDS)}, or a message")
+        elif line:
+            _answer(conversation, line)
+    return 0
+
+
+class PlainTemplate:
+    """How a conversation becomes the text that the model continues: as a play is printed.
+
+        User: Hello
+        Assistant: Hi!
+        User: How are you?
+        Assistant:
+
+    stop    what ends a reply, besides <|endoftext|>: the user's next turn
+    """
+
+    stop = ("\nUser:",)
+
+    def ids(self, tokenizer: Tokenizer, turns: list[Turn], message: str) -> list[int]:
+        """The token ids of the turns so far and a message that wants a reply. Nothing that was
+        said counts as a special token.
+        """
+        before = "".join(f"User: {asked}\nAssistant: {said}\n" for asked, said in turns)
+        return list(tokenizer.encode_ordinary(f"{before}User: {message}\nAssistant:"))
+
+
+class Conversation:
+    """A model, and what was said: `turns`, of which the oldest go when the context is full."""
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        template: PlainTemplate,
+        max_tokens: int,
+        options: dict[str, Any],
+    ):
+        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.max_tokens, self.options = max_tokens, options
+        self.decoder = Decoder(model)  # what was said before is not computed again
+        self.turns: list[Turn] = []
+
+    def reply(self, message: str) -> Iterator[str]:
+        """The pieces of the reply as they come. Raises ValueError for a message that is too long
+        or an option out of range.
+        """
+        ids = self._fitting(message)
+        longest = min(self.max_tokens, self.model.cfg.context_length - len(ids))
+        new_ids = stream(self.model, ids, longest, **self.options, decoder=self.decoder)
+        return stream_text(new_ids, self.tokenizer, self.template.stop)
+
+    def _fitting(self, message: str) -> list[int]:
+        """The ids of the conversation, as many turns as leave room for a reply: up to max_tokens,
+        but no more than half of the context.
+        """
+        most = self.model.cfg.context_length
+        most -= min(self.max_tokens, most // 2)
+        for first in range(len(self.turns) + 1):
+            ids = self.template.ids(self.tokenizer, self.turns[first:], message)
+            if len(ids) <= most:
+                self.turns = self.turns[first:]
+                return ids
+        raise ValueError(
+            f"this message makes {len(ids):,} tokens and {most:,} fit beside a reply: shorten it"
+        )
+
+
+def _lines(prompt: str) -> Iterator[str]:
+    """What the user types, until Ctrl-D."""
+    while True:
+        try:
+            with user_input():
+                line = input(prompt).strip()
+        except EOFError:
+            if prompt:
+                write("\n")
+            return
+        yield line
+
+
+def _answer(conversation: Conversation, message: str) -> None:
+    """Shows the reply while it comes, and remembers it; Ctrl-C ends it."""
+    try:
+        with user_input():
+            pieces = conversation.reply(message)
+    except UserError as error:
+        _say(str(error))
+        return
+    said = ""
+    with contextlib.suppress(KeyboardInterrupt), interruptible() as go_on:
+        for piece in pieces:
+            piece = piece if said else piece.lstrip()
+            said += piece
+            write(piece)
+            go_on()
+    write("\n")
+    conversation.turns.append((message, said.strip()))
+
+
+def _say(what: str) -> None:
+    print(what, file=sys.stderr)

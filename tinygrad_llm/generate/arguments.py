@@ -1,0 +1,65 @@
+"""What the ways to generate are given, checked at once."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from ..tensor import Tensor
+
+
+def prompts(ids: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    """One prompt or several as (B, T) int64, and None; or, if their lengths differ, padded on the
+    left, and by how much, (B,). Raises ValueError if one is empty, TypeError for other numbers.
+    """
+    rows = _ragged(ids)
+    if rows is not None:
+        padding = max(map(len, rows)) - np.array([len(row) for row in rows])
+        padded = [np.pad(row, (p, 0)) for row, p in zip(rows, padding, strict=True)]
+        return np.stack(padded), padding
+    ids = ids.data if isinstance(ids, Tensor) else np.asarray(ids)
+    if ids.ndim not in (1, 2):
+        raise ValueError(f"ids must have shape (T,) or (B, T), not {ids.shape}")
+    return np.atleast_2d(_integers(ids)), None
+
+
+def _ragged(ids):
+    """The rows of a list whose rows have different lengths, else None."""
+    if not isinstance(ids, list | tuple) or not all(np.ndim(row) == 1 for row in ids):
+        return None
+    rows = [_integers(np.asarray(row)) for row in ids]
+    return rows if len({len(row) for row in rows}) > 1 else None
+
+
+def _integers(ids):
+    if ids.size == 0:
+        raise ValueError("the prompt is empty: generation needs at least one token to start from")
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"ids must be integers, not {ids.dtype}: encode the text first")
+    return ids.astype(np.int64)
+
+
+def drawable(model: Any, vocab_size: int | None) -> int:
+    """How many tokens there are to choose from."""
+    largest = model.cfg.vocab_size
+    if vocab_size is not None and vocab_size > largest:
+        raise ValueError(f"vocab_size {vocab_size} is more than the model's {largest}")
+    return largest if vocab_size is None else vocab_size
+
+
+def stop_ids(stop_id: int | Iterable[int] | None, vocab_size: int) -> np.ndarray:
+    """None, one or several as an array. Raises ValueError for one that can never be drawn."""
+    if stop_id is None:
+        stops = []
+    else:
+        stops = [stop_id] if isinstance(stop_id, int | np.integer) else list(stop_id)
+    for stop in stops:
+        if not (isinstance(stop, int | np.integer) and 0 <= stop < vocab_size):
+            raise ValueError(f"stop_id {stop!r} is no token: ids are 0..{vocab_size - 1}")
+    return np.array(stops, np.int64)
+
+
+def check_count(max_new_tokens: int) -> None:
+    """Raises ValueError for a number of tokens that cannot be."""
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
