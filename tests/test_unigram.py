@@ -391,3 +391,10 @@ def test_a_file_cut_short(tmp_path_factory, length):
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(ValueError, match=r"tokenizer\.json is not"):
         load(folder)
+
+
+def test_training_says_at_once_that_the_unknown_token_is_missing():
+    calls = []
+    with pytest.raises(ValueError, match="must have '<unk>'"):
+        UnigramTokenizer.train("ab ab", 300, ["<s>"], progress=lambda *c: calls.append(c))
+    assert not calls

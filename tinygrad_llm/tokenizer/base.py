@@ -283,6 +283,12 @@ def check_names(special_tokens: Iterable[str]) -> list[str]:
     return [check_text(name) for name in names]
 
 
+def check_unknown(special_tokens: Iterable[str], unknown: str) -> None:
+    """Raises ValueError unless the token that stands for unknown text is among the special ones."""
+    if unknown not in special_tokens:
+        raise ValueError(f"special_tokens must have {unknown!r}, got {list(special_tokens)}")
+
+
 def check_text(text: str) -> str:
     """The text itself. Raises TypeError if it is no str, ValueError for half a surrogate pair."""
     if not isinstance(text, str):

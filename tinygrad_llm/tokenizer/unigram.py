@@ -8,7 +8,7 @@ Kudo, "Subword Regularization", 2018, section 3; Kudo and Richardson, "SentenceP
 """
 
 import math
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Real
 from pathlib import Path
@@ -22,6 +22,7 @@ from tinygrad_llm.tokenizer.base import (
     WordIds,
     as_text,
     check_names,
+    check_unknown,
     check_vocab_size,
     ordinary_pieces,
 )
@@ -268,6 +269,7 @@ class UnigramTokenizer(Tokenizer):
         told apart or lack "<unk>".
         """
         special_tokens = check_names(special_tokens)
+        check_unknown(special_tokens, UNKNOWN)
         fixed = special_tokens + (BYTES if byte_fallback else [])
         counts = Counter()
         for piece in ordinary_pieces(special_tokens, text):
@@ -358,7 +360,7 @@ class UnigramTokenizer(Tokenizer):
     def _viterbi(self, chunk: str) -> list[int]:
         """The likeliest spelling; neighbouring characters that no piece has are one unknown."""
         unknown = dict.fromkeys(set(chunk) - self._log_probs.keys(), self._unknown)
-        log_probs = self._log_probs | unknown if unknown else self._log_probs
+        log_probs = ChainMap(self._log_probs, unknown) if unknown else self._log_probs
         path, _ = Lattice(chunk, log_probs, self._longest).best()
         ids = []
         run = ""  # of unknown characters
@@ -399,8 +401,7 @@ def _check(
     special_tokens: Mapping[str, int],
     byte_fallback: bool,
 ) -> None:
-    if UNKNOWN not in special_tokens:
-        raise ValueError(f"special_tokens must have {UNKNOWN!r}, got {list(special_tokens)}")
+    check_unknown(special_tokens, UNKNOWN)
     if pieces.keys() != token_ids.keys():
         raise ValueError("expected an id for each piece and a log probability for each id")
     for piece, log_prob in pieces.items():

@@ -21,6 +21,7 @@ from tinygrad_llm.tokenizer.base import (
     WordIds,
     as_text,
     check_names,
+    check_unknown,
     check_vocab_size,
     ordinary_pieces,
 )
@@ -162,8 +163,7 @@ class WordPieceTokenizer(Tokenizer):
     def __init__(
         self, vocab: Mapping[str, int], special_tokens: Mapping[str, int], lowercase: bool = True
     ):
-        if UNKNOWN not in special_tokens:
-            raise ValueError(f"special_tokens must have {UNKNOWN!r}, got {list(special_tokens)}")
+        check_unknown(special_tokens, UNKNOWN)
         self.vocab = dict(vocab)
         self.lowercase = lowercase
         self._word_ids = WordIds(self._match)
@@ -190,6 +190,7 @@ class WordPieceTokenizer(Tokenizer):
         hold all characters, or special tokens that cannot be told apart.
         """
         special_tokens = check_names(special_tokens)
+        check_unknown(special_tokens, UNKNOWN)
         counts = Counter()
         for piece in ordinary_pieces(special_tokens, text):
             counts.update(split_words(piece, lowercase))
