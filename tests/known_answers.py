@@ -278,6 +278,8 @@ def test_causal_and_multi_head_attention():
         [0.2575, 0.4028],
     ]
     printed(nn.MultiHeadAttention(3, 2, 6, n_heads=2)(batch), [expected, expected])
+    random.manual_seed(123)
+    printed(steps.MultiHeadAttention(3, 2, 6, n_heads=2)(batch), [expected, expected])
 
 
 def test_products_of_the_last_two_axes():

@@ -3,12 +3,13 @@
 import csv
 import os
 import re
+import time
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tinygrad_llm.data import (
@@ -21,6 +22,7 @@ from tinygrad_llm.data import (
     shingles,
 )
 from tinygrad_llm.data.duplicates import MISSED, WORD, band_keys, band_rows
+from tinygrad_llm.data.filters import PERSONAL_DATA
 
 WORDS = [f"word{i}" for i in range(500)]
 
@@ -93,6 +95,8 @@ def test_bands():
         assert 128 % rows == 0
         assert (1 - threshold**rows) ** (128 // rows) <= MISSED
     assert band_rows(128, 1.0) == 128
+    found = [band_rows(128, threshold) for threshold in (0.8, 0.5)]
+    assert found == [4, 2]  # bands of twice as many rows would miss 5% and 13%
     assert band_rows(128, 1e-6) == 1
     assert all(n % band_rows(n, threshold) == 0 for n in range(1, 200) for threshold in (0.5, 0.9))
 
@@ -142,6 +146,18 @@ LONG = {
 @pytest.mark.parametrize("text", LONG.values(), ids=LONG)
 def test_texts_without_spaces_are_compared_by_their_characters(text):
     assert near_duplicates([text, text[:-2], text[::-1]], threshold=0.7).tolist() == [0, 0, 2]
+
+
+def test_all_kept_documents_of_a_band_are_compared():
+    """Not only the latest: each band of the last document is in many, that are less like it."""
+    rng = np.random.default_rng(0)
+    base = rng.integers(0, 10**6, 400)
+    changed = np.tile(base, (200, 1))
+    for row in changed:
+        start = rng.integers(0, 400 - 90)
+        row[start : start + 90] = rng.integers(0, 10**6, 90)
+    repeats = near_duplicates([base, *changed, base], k=3)
+    assert repeats.tolist() == [*range(201), 0]
 
 
 @pytest.mark.parametrize("permutations", [128, 127, 30])  # a power of two, a prime, neither
@@ -204,6 +220,9 @@ def test_perplexity_outliers():
     assert np.flatnonzero(perplexity_outliers(perplexities)).tolist() == [100]
     assert not perplexity_outliers([1.0, 1.0]).any()
     assert perplexity_outliers([]).tolist() == []
+    one = [0.0] * 10 + [1.0]  # √10 = 3.16 deviations above the mean, the most that 11 numbers allow
+    assert np.flatnonzero(perplexity_outliers(one, sigmas=3.1)).tolist() == [10]
+    assert not perplexity_outliers(one, sigmas=3.2).any()
     with pytest.raises(ValueError, match="one finite number for each document"):
         perplexity_outliers([1.0, float("inf")])
 
@@ -237,6 +256,26 @@ def test_telephone_numbers(texts, names):
         for around in ("{}", "Call {}, please.", "({})"):
             found = blocked_by(around.format(text))
             assert [name for name in found if name != "payment card"] == names, around.format(text)
+
+
+WORD_SIGNS = st.text("a.-+@_01 ()/", max_size=4)
+
+
+@given(start=WORD_SIGNS, unit=WORD_SIGNS.filter(len), end=WORD_SIGNS)
+@example(start="", unit="a", end="")
+@example(start="", unit="-", end="")
+@example(start="a@", unit="a", end="")
+@example(start="", unit="0", end="")
+@example(start="", unit="1 ", end="")
+@example(start="+", unit="1-", end="")
+@example(start="0", unit="1 1", end="a")
+@settings(max_examples=30, deadline=None)
+def test_time_grows_with_the_text_not_with_its_square(start, unit, end):
+    """Of a long run of anything. 50,000 word characters took 10 s when each could be a start."""
+    text = start + unit * (50_000 // len(unit)) + end
+    before = time.process_time()
+    blocked_by(text, PERSONAL_DATA)
+    assert time.process_time() - before < 1  # 0.01 on a quiet core
 
 
 def test_block_list():

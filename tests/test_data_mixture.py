@@ -43,6 +43,8 @@ def test_shares_and_windows():
     assert batches.sources.mean() == pytest.approx(p[1], abs=4 * np.sqrt(p[0] * p[1] / 4000))
     starts = set(x[batches.sources == 0, 0].tolist())
     assert min(starts) == 0 and max(starts) == 191 and len(starts) > 150
+    starts = x[batches.sources == 1, 0]
+    assert starts.min() < 10_100 and starts.max() > 29_900  # the large one as a whole, too
 
 
 def test_given_weights():

@@ -1,5 +1,7 @@
 """Packing: each pair of input and target once, and the loss of the documents one by one."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -56,6 +58,36 @@ def test_whole_documents_take_few_rows():
     packed = pack([np.arange(size) for size in sizes], 64, split=False)
     assert packed.fill > 0.95
     assert len(packed) <= -(-(sizes - 1).sum() // 64) * 11 / 9 + 1  # of the best, proved
+
+
+@given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=40))
+def test_whole_documents_go_where_the_least_room_is_left(sizes):
+    """By trying all rows; of rows with the same room, the one that took a document last."""
+    rows, recent = [], []  # the documents of each row; rows, the last that took one first
+
+    def room(row):
+        return 12 - sum(sizes[number] for number in rows[row])
+
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        fitting = [row for row in recent if room(row) >= sizes[number]]
+        row = min(fitting, key=room, default=len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(number)
+        recent = [row, *(other for other in recent if other != row)]
+
+    packed = pack([range(size + 1) for size in sizes], 12)
+    for found, row in zip(packed.segments.tolist(), rows, strict=True):
+        expected = [number for number in row for _ in range(sizes[number])]
+        assert found == expected + [-1] * (12 - len(expected))
+
+
+def test_many_short_documents_in_long_rows():
+    sizes = np.random.default_rng(0).integers(2, 200, 40_000)
+    documents = [np.zeros(size, np.uint16) for size in sizes]
+    before = time.process_time()
+    assert pack(documents, 8192).fill > 0.99
+    assert time.process_time() - before < 3  # 0.3 on a quiet core; 6 when each looked at all rooms
 
 
 def test_loader_goes_through_the_rows():

@@ -134,7 +134,8 @@ def test_position_interpolation():
 
 
 @pytest.mark.parametrize(
-    "factor, original, base, dim", [(8.0, 8192, 5e5, 128), (4.0, 2048, 1e4, 64)]
+    "factor, original, base, dim",
+    [(8.0, 8192, 5e5, 128), (4.0, 2048, 1e4, 64), (4.0, 131_072, 1e4, 64)],
 )
 def test_yarn(factor, original, base, dim):
     yarn = nn.Yarn(factor, original)

@@ -25,6 +25,8 @@ OURS = {
     "permutation": lambda g, n: g.permutation(n),
     "integers": lambda g, n: g.integers(-5, 1000, (n,)),
     "large integers": lambda g, n: g.integers(0, 1 << 40, (n,)),
+    "of one word": lambda g, n: g.integers(0, (1 << 28) - 1, (n,)),
+    "of two words": lambda g, n: g.integers(0, 1 << 28, (n,)),
 }
 THEIRS = {
     "uniform": lambda g, n: torch.empty(n).uniform_(-0.3, 0.7, generator=g),
@@ -35,6 +37,8 @@ THEIRS = {
     "permutation": lambda g, n: torch.randperm(n, generator=g),
     "integers": lambda g, n: torch.randint(-5, 1000, (n,), generator=g),
     "large integers": lambda g, n: torch.randint(0, 1 << 40, (n,), generator=g),
+    "of one word": lambda g, n: torch.randint(0, (1 << 28) - 1, (n,), generator=g),
+    "of two words": lambda g, n: torch.randint(0, 1 << 28, (n,), generator=g),
 }
 
 
@@ -64,6 +68,14 @@ def test_a_state_goes_on_exactly(seed, n, name):
     other = Generator()
     other.set_state(state)
     assert np.array_equal(OURS[name](other, 21), after)
+
+
+def test_uniform_numbers_reach_the_upper_end_only_by_rounding():
+    g = Generator()
+    g.words = lambda n: np.full(n, 2**32 - 1, np.uint32)  # the greatest u
+    assert random.rand(1, generator=g).item() == 1 - 2**-24
+    assert g.uniform(1.0, 2.0, 1) == 2 and g.uniform(0.5, 1.0, 1) == 1
+    assert g.uniform(-1.0, 0.0, 1) == -(2.0**-24)
 
 
 STATE = Generator().get_state()

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -369,6 +370,14 @@ def test_ours_on_the_books_text():
         *["J", "ack", " e", "m", "b", "r", "ac", "ed", " be", "a", "ut", "y", " through", " art"],
         *[" and", " life", "."],
     ]
+
+
+def test_training_on_tiny_shakespeare_takes_seconds():
+    text = data_file("tinyshakespeare.txt").read_text(encoding="utf-8")
+    start = time.perf_counter()
+    trained = BPETokenizer.train(text, 256 + 5000 + 1)
+    assert time.perf_counter() - start < 60  # 2 on one quiet core
+    assert len(trained.merges) == 5000
 
 
 def test_playing_is_play_and_ing():

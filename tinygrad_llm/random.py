@@ -70,7 +70,10 @@ class Generator:
     # --- numbers ----------------------------------------------------------------------------------
 
     def uniform(self, low, high, shape, dtype=np.float32):
-        """Uniform numbers in [low, high), an array of float32 or float64."""
+        """Uniform numbers, an array of float32 or float64: low + (high - low) u, u in [0, 1).
+
+        They are below high but for rounding: in float32, 1 + (1 - 2⁻²⁴) is 2.
+        """
         dtype, low, high = _float(dtype), _number("low", low), _number("high", high)
         if not 0 <= high - low <= float(np.finfo(dtype).max):
             raise ValueError(f"there are no uniform numbers of {dtype} from {low} to below {high}")
@@ -275,7 +278,7 @@ def randn(*size, generator=None, dtype=np.float32, requires_grad=False):
 
 
 def uniform(low, high, size, generator=None, dtype=np.float32):
-    """Uniform numbers in [low, high), a Tensor."""
+    """Uniform numbers from low to high, a Tensor; high only by rounding."""
     return Tensor(or_default(generator).uniform(low, high, size, dtype))
 
 

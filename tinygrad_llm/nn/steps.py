@@ -5,13 +5,16 @@
     SelfAttentionV2             the same by Linear layers, whose start is smaller
     CausalAttention             no token sees a later one; dropout
     MultiHeadAttentionWrapper   several of those side by side
+    MultiHeadAttention          the same by splitting: one matrix makes the queries of all heads
 
-and nn.MultiHeadAttention does all heads at once. Each is written out with softmax and products, and
-draws its first weights in this order, so that a seed gives the numbers printed in the book that
-they follow: Raschka, "Build a Large Language Model (From Scratch)", 2024, chapter 3.
+Each is written out with softmax and products, and draws its first weights in this order, so that a
+seed gives the numbers printed in the book that they follow: Raschka, "Build a Large Language Model
+(From Scratch)", 2024, chapter 3. nn.MultiHeadAttention is the last one as a model uses it: with one
+matrix for queries, keys and values, and one op for all that is between them and out_proj.
 
-Letters in the shapes: T tokens in a sequence, d_in and d_out channels; ... is nothing for one
-sequence, B for a batch of them. `k.mT` is k with its last two axes exchanged: kᵀ in each sequence.
+Letters in the shapes: T tokens in a sequence, d_in and d_out channels, H heads of D = d_out / H;
+... is nothing for one sequence, B for a batch of them. `k.mT` is k with its last two axes
+exchanged: kᵀ in each sequence.
 """
 
 import math
@@ -22,7 +25,7 @@ from .. import functional as F  # noqa: N812 (PyTorch's name for it)
 from ..random import Generator, or_default
 from ..tensor import Tensor
 from .attention import check_tokens
-from .layers import Dropout, Linear, check_sizes
+from .layers import Dropout, Linear, check_divides, check_sizes
 from .module import Module, ModuleList, Parameter
 
 
@@ -30,7 +33,7 @@ class SimpleSelfAttention(Module):
     """Every token becomes a mean of all of them, weighted by likeness.  (..., T, d) -> the same"""
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_tokens("SimpleSelfAttention", x)
+        check_tokens("SimpleSelfAttention", x)
         scores = x @ x.mT  # (..., T, T)
         return F.softmax(scores) @ x  # (..., T, d)
 
@@ -51,7 +54,7 @@ class SelfAttentionV1(Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_tokens("SelfAttentionV1", x)
+        check_tokens("SelfAttentionV1", x)
         q, k, v = x @ self.W_query, x @ self.W_key, x @ self.W_value  # 3 of (..., T, d_out)
         scores = q @ k.mT  # (..., T, T)
         weights = F.softmax(scores / math.sqrt(k.shape[-1]))
@@ -69,7 +72,7 @@ class SelfAttentionV2(Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_tokens("SelfAttentionV2", x)
+        check_tokens("SelfAttentionV2", x)
         q, k, v = self.W_query(x), self.W_key(x), self.W_value(x)  # 3 of (..., T, d_out)
         scores = q @ k.mT  # (..., T, T)
         weights = F.softmax(scores / math.sqrt(k.shape[-1]))
@@ -100,11 +103,11 @@ class CausalAttention(Module):
         self.later = np.triu(np.ones((context_length, context_length), bool), k=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        T = _check_tokens("CausalAttention", x, len(self.later))
+        T = check_tokens("CausalAttention", x, len(self.later))
         q, k, v = self.W_query(x), self.W_key(x), self.W_value(x)  # 3 of (..., T, d_out)
-        scores = q @ k.mT  # (..., T, T)
+        scores = q @ k.mT / math.sqrt(k.shape[-1])  # (..., T, T)
         scores = F.where(self.later[:T, :T], -math.inf, scores)
-        weights = self.dropout(F.softmax(scores / math.sqrt(k.shape[-1])))
+        weights = self.dropout(F.softmax(scores))
         return weights @ v  # (..., T, d_out)
 
 
@@ -131,10 +134,48 @@ class MultiHeadAttentionWrapper(Module):
         return F.concat([head(x) for head in self.heads], axis=-1)
 
 
-def _check_tokens(owner, x, longest=math.inf):
-    if not isinstance(x, Tensor | np.ndarray):
-        raise TypeError(f"{owner}: x is a Tensor, not {type(x).__name__}: make one with tensor(x)")
-    return check_tokens(owner, x, longest)
+class MultiHeadAttention(Module):
+    """All heads at once: queries, keys and values of d_out channels, the first D of them head 0's.
+    (..., T, d_in) -> (..., T, d_out)
+
+    At the end, out_proj mixes the heads. Raises ValueError if n_heads does not divide d_out.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        context_length: int,
+        n_heads: int,
+        dropout: float = 0.0,
+        qkv_bias: bool = False,
+        generator: Generator | None = None,
+    ):
+        sizes = {"context_length": context_length, "n_heads": n_heads, "d_out": d_out}
+        check_sizes("MultiHeadAttention", **sizes)
+        check_divides("MultiHeadAttention", n_heads=n_heads, d_out=d_out)
+        self.W_query, self.W_key, self.W_value = (
+            Linear(d_in, d_out, bias=qkv_bias, generator=generator) for _ in range(3)
+        )
+        self.out_proj = Linear(d_out, d_out, generator=generator)
+        self.dropout = Dropout(dropout, generator)
+        self.later = np.triu(np.ones((context_length, context_length), bool), k=1)
+        self.n_heads = n_heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        T = check_tokens("MultiHeadAttention", x, len(self.later))
+        q, k, v = self.W_query(x), self.W_key(x), self.W_value(x)  # 3 of (..., T, d_out)
+        q, k, v = (self._split(y) for y in (q, k, v))  # 3 of (..., H, T, D)
+        scores = q @ k.mT / math.sqrt(k.shape[-1])  # (..., H, T, T)
+        scores = F.where(self.later[:T, :T], -math.inf, scores)
+        weights = self.dropout(F.softmax(scores))
+        heads = weights @ v  # (..., H, T, D)
+        return self.out_proj(heads.transpose(-3, -2).flatten(-2))  # (..., T, d_out)
+
+    def _split(self, y):
+        """(..., T, d_out) -> (..., H, T, D)"""
+        y = y.reshape(*y.shape[:-1], self.n_heads, -1)  # (..., T, H, D)
+        return y.transpose(-3, -2)
 
 
 # --- three ways to hide what comes later, with the same weights ---------------------------------
