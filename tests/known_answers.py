@@ -442,7 +442,7 @@ class Rows(nn.Module):
 
     def __init__(self, logits):
         self.logits = np.array(logits, np.float32)  # (B, V)
-        self.cfg = SimpleNamespace(context_length=9)
+        self.cfg = SimpleNamespace(context_length=9, vocab_size=self.logits.shape[1])
 
     def forward(self, ids):
         return Tensor(np.repeat(self.logits[:, None], ids.shape[1], axis=1))
