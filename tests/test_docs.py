@@ -20,6 +20,7 @@ FOLDERS = {"corpus_path(": "TINYGRAD_LLM_DATA", "gpt2()": "TIKTOKEN_CACHE_DIR"} 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_example_runs_and_gives_what_the_page_shows(page):
     """Without the files that it reads, a page is run up to where it needs them."""
+    known = set(TABLE)
     text = page.read_text(encoding="utf-8")
     test = doctest.DocTestParser().get_doctest(text, definitions(page), page.name, str(page), 0)
     assert test.examples
@@ -28,7 +29,6 @@ def test_every_example_runs_and_gives_what_the_page_shows(page):
     del test.examples[end:]
     np.random.seed(0)
     random.manual_seed(0)
-    known = set(TABLE)
     try:
         result = doctest.DocTestRunner().run(test)
     finally:
