@@ -282,6 +282,8 @@ def test_causal_and_multi_head_attention():
         [0.2575, 0.4028],
     ]
     printed(nn.MultiHeadAttention(3, 2, 6, n_heads=2)(batch), [expected, expected])
+    random.manual_seed(123)
+    printed(steps.MultiHeadAttention(3, 2, 6, n_heads=2)(batch), [expected, expected])
 
 
 def test_products_of_the_last_two_axes():
@@ -511,7 +513,7 @@ class Rows(nn.Module):
 
     def __init__(self, logits):
         self.logits = np.array(logits, np.float32)  # (B, V)
-        self.cfg = SimpleNamespace(vocab_size=self.logits.shape[1], context_length=9)
+        self.cfg = SimpleNamespace(context_length=9, vocab_size=self.logits.shape[1])
 
     def forward(self, ids):
         return Tensor(np.repeat(self.logits[:, None], ids.shape[1], axis=1))

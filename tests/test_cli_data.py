@@ -46,7 +46,8 @@ def test_prepare(folder, tmp_path):
     assert tokens.tolist() == tokenizer.encode(text, allowed_special="all")
     assert f"are {len(tokens):,} tokens, of a vocabulary of 280: {out}" in done.stdout
     hashes = [hashlib.sha256(path.read_bytes()).digest() for path in texts]
-    assert hashlib.sha256(b"".join(hashes)).hexdigest() in done.stdout
+    both = hashlib.sha256(b"".join(hashes)).hexdigest()
+    assert f"SHA-256 of the 2 texts' SHA-256 hashes: {both}" in done.stdout
 
     quiet = tmp_path / "quiet.npy"
     arguments = ["--out", quiet, "--tokenizer", folder / "tokenizer", "--quiet"]

@@ -9,6 +9,7 @@ import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinygrad_llm import random
 from tinygrad_llm.data import (
     DataLoader,
     RandomBatches,
@@ -57,7 +58,13 @@ def test_read_corpus_bad_input(tmp_path):
     for nothing in (None, 3):
         with pytest.raises(TypeError, match=f"path of a text file, or several, got .*{nothing}"):
             read_corpus(nothing)
-    path.write_bytes("Zoë".encode("latin-1"))
+    path.write_bytes("naïve Zoë".encode()[:-1])
+    with pytest.raises(ValueError, match=r"offset 9: the file ends inside a character; if it was"):
+        read_corpus(path)
+    path.write_bytes("Zoë or not".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"byte offset 2: if it is text, convert it first"):
+        read_corpus(path)
+    path.write_bytes("Zoë".encode("latin-1"))  # could be either
     with pytest.raises(ValueError, match=r"byte offset 2: .* iconv -f LATIN1 -t UTF-8"):
         read_corpus(path)
 
@@ -99,6 +106,17 @@ def test_atomic_write(tmp_path, monkeypatch, without_name):
     assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "plain"]
     with pytest.raises(FileNotFoundError), files.atomic_write(tmp_path / "no" / "file"):
         pass
+    nowhere = tmp_path / "no" / "file"
+    with pytest.raises(
+        FileNotFoundError, match=f"^{nowhere} cannot .* no folder {nowhere.parent}$"
+    ):
+        write_tokens(nowhere, [1])
+    with pytest.raises(IsADirectoryError, match=f"^{tmp_path} is a folder: give the path of a fil"):
+        write_tokens(tmp_path, [1])
+    if os.path.isdir("/proc/self"):  # where nobody can make files
+        with pytest.raises(OSError) as error, files.atomic_write("/proc/file"):
+            pass
+        assert error.value.filename == "/proc/file"  # the user's name, not that of our own file
     longest = tmp_path / ("日" * 85)  # 255 bytes
     with files.atomic_write(longest) as file:
         file.write(b"first")
@@ -227,8 +245,11 @@ def test_windows_bad_input():
             Windows(range(10), max_length, stride)
     with pytest.raises(ValueError, match="need 11 tokens, but there are only 10"):
         Windows(range(10), 10, 1)
-    with pytest.raises(TypeError, match="integer"):
-        Windows(range(10), 2.5, 1)
+    with pytest.raises(TypeError, match=r"max_length must be an integer, got 2\.0"):
+        Windows(range(10), 2.0, 1)
+    for text in ("abcd", b"abcd"):
+        with pytest.raises(TypeError, match=r"got a text: give tokenizer\.encode\(text\)"):
+            Windows(text, 2, 1)
     with pytest.raises(TypeError, match="encode the text first"):
         Windows(list("text"), 1, 1)
     windows = Windows(range(10), 4, 1)
@@ -266,6 +287,12 @@ def test_random_batches_reach_every_start():
 
 def test_batches_bad_input():
     rng = np.random.default_rng(0)
+    for wrong in (7, "0", np.random.RandomState):
+        with pytest.raises(
+            TypeError, match=r"is a tinygrad_llm\.random\.Generator or one of NumPy"
+        ):
+            RandomBatches(range(10), 1, 1, wrong)
+    assert RandomBatches(range(10), 1, 1, None).rng is random.default_generator
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         RandomBatches(range(10), 0, 1, rng)
     with pytest.raises(ValueError, match="context must be at least 1"):

@@ -3,12 +3,13 @@
 import csv
 import os
 import re
+import time
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tinygrad_llm.data import (
@@ -20,7 +21,8 @@ from tinygrad_llm.data import (
     perplexity_outliers,
     shingles,
 )
-from tinygrad_llm.data.duplicates import MISSED, band_keys, band_rows
+from tinygrad_llm.data.duplicates import MISSED, WORD, band_keys, band_rows
+from tinygrad_llm.data.filters import PERSONAL_DATA
 
 WORDS = [f"word{i}" for i in range(500)]
 
@@ -43,7 +45,11 @@ def test_shingles():
     assert shingles("A  b, c!", k=2).tolist() == shingles("a b c", k=2).tolist()
     assert shingles("a b", k=8).tolist() == shingles("a b", k=2).tolist()  # too short: one
     assert shingles("a b c", 3).tolist() != shingles("c b a", 3).tolist()
-    assert len(shingles("", 3)) == len(shingles("...", 3)) == 0
+    assert len(shingles("", 3)) == len(shingles(" \n", 3)) == 0
+    assert len(shingles("日本語の本", 2)) == 4  # characters, where words have no spaces
+    assert len(shingles("GPTは本", 1)) == 3
+    assert shingles(":) !", 2).tolist() == shingles(":)!", 2).tolist()  # no words: characters
+    assert shingles("a :)", 2).tolist() == shingles("a", 2).tolist()
     assert len(shingles(np.arange(100, dtype=np.uint16), 8)) == 93  # token ids
     assert np.all(np.diff(shingles(range(100), 1).astype(object)) > 0)  # sorted, no two equal
 
@@ -79,7 +85,7 @@ def test_signature_is_of_the_set(text, k):
     assert signature.shape == (16,) and signature.dtype == np.uint32
     assert (signature == MinHash(permutations=16, k=k).signature(text)).all()
     longer = minhash.signature(text + " and some more words to make it longer")
-    if len(shingles(text, k)) and len(shingles(text, 1)) >= k:
+    if WORD.search(text) and len(shingles(text, 1)) >= k:
         assert (longer <= signature).all()  # a greater set has no greater minimum
 
 
@@ -89,6 +95,8 @@ def test_bands():
         assert 128 % rows == 0
         assert (1 - threshold**rows) ** (128 // rows) <= MISSED
     assert band_rows(128, 1.0) == 128
+    found = [band_rows(128, threshold) for threshold in (0.8, 0.5)]
+    assert found == [4, 2]  # bands of twice as many rows would miss 5% and 13%
     assert band_rows(128, 1e-6) == 1
     assert all(n % band_rows(n, threshold) == 0 for n in range(1, 200) for threshold in (0.5, 0.9))
 
@@ -117,6 +125,39 @@ def test_near_duplicates_are_found():
     kept = deduplicate([*texts, " ".join(changed), texts[3].upper()])
     assert kept == texts
     assert deduplicate(text for text in [*texts, texts[0]]) == texts  # read once, too
+
+
+@pytest.mark.parametrize(
+    "texts", [[":)", "!!!", "???", "hello"], ["😀", "🚀", "😀🚀"], ["日本", "本日"], ["ไทย", "ลาว"]]
+)
+def test_no_text_is_a_copy_for_want_of_words(texts):
+    assert deduplicate(texts) == texts
+    assert deduplicate([*texts, *texts]) == texts
+    assert deduplicate([*texts, "", " "]) == [*texts, ""]
+
+
+LONG = {
+    "Japanese": "吾輩は猫である名前はまだ無いどこで生れたかとんと見当がつかぬ" * 3,
+    "Chinese": "学而时习之不亦说乎有朋自远方来不亦乐乎人不知而不愠不亦君子乎" * 3,
+    "Thai": "กาลครั้งหนึ่งนานมาแล้วมีชายคนหนึ่งอาศัยอยู่ในป่าใหญ่" * 2,
+}
+
+
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+def test_texts_without_spaces_are_compared_by_their_characters(text):
+    assert near_duplicates([text, text[:-2], text[::-1]], threshold=0.7).tolist() == [0, 0, 2]
+
+
+def test_all_kept_documents_of_a_band_are_compared():
+    """Not only the latest: each band of the last document is in many, that are less like it."""
+    rng = np.random.default_rng(0)
+    base = rng.integers(0, 10**6, 400)
+    changed = np.tile(base, (200, 1))
+    for row in changed:
+        start = rng.integers(0, 400 - 90)
+        row[start : start + 90] = rng.integers(0, 10**6, 90)
+    repeats = near_duplicates([base, *changed, base], k=3)
+    assert repeats.tolist() == [*range(201), 0]
 
 
 @pytest.mark.parametrize("permutations", [128, 127, 30])  # a power of two, a prime, neither
@@ -179,6 +220,9 @@ def test_perplexity_outliers():
     assert np.flatnonzero(perplexity_outliers(perplexities)).tolist() == [100]
     assert not perplexity_outliers([1.0, 1.0]).any()
     assert perplexity_outliers([]).tolist() == []
+    one = [0.0] * 10 + [1.0]  # √10 = 3.16 deviations above the mean, the most that 11 numbers allow
+    assert np.flatnonzero(perplexity_outliers(one, sigmas=3.1)).tolist() == [10]
+    assert not perplexity_outliers(one, sigmas=3.2).any()
     with pytest.raises(ValueError, match="one finite number for each document"):
         perplexity_outliers([1.0, float("inf")])
 
@@ -212,6 +256,26 @@ def test_telephone_numbers(texts, names):
         for around in ("{}", "Call {}, please.", "({})"):
             found = blocked_by(around.format(text))
             assert [name for name in found if name != "payment card"] == names, around.format(text)
+
+
+WORD_SIGNS = st.text("a.-+@_01 ()/", max_size=4)
+
+
+@given(start=WORD_SIGNS, unit=WORD_SIGNS.filter(len), end=WORD_SIGNS)
+@example(start="", unit="a", end="")
+@example(start="", unit="-", end="")
+@example(start="a@", unit="a", end="")
+@example(start="", unit="0", end="")
+@example(start="", unit="1 ", end="")
+@example(start="+", unit="1-", end="")
+@example(start="0", unit="1 1", end="a")
+@settings(max_examples=30, deadline=None)
+def test_time_grows_with_the_text_not_with_its_square(start, unit, end):
+    """Of a long run of anything. 50,000 word characters took 10 s when each could be a start."""
+    text = start + unit * (50_000 // len(unit)) + end
+    before = time.process_time()
+    blocked_by(text, PERSONAL_DATA)
+    assert time.process_time() - before < 1  # 0.01 on a quiet core
 
 
 def test_block_list():

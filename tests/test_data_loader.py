@@ -125,6 +125,13 @@ def test_bad_input():
         DataLoader([])
     with pytest.raises(ValueError, match="need 257 tokens, but there are only 256: use a longer"):
         create_dataloader(range(256))
+    with pytest.raises(TypeError, match=r"got a text: give tokenizer\.encode"):
+        create_dataloader("the text")
+    with pytest.raises(TypeError, match=r"batch_size must be an integer, got 2\.5"):
+        create_dataloader(range(1000), batch_size=2.5)
+    for wrong in (0, 5, np.random.default_rng(0)):
+        with pytest.raises(TypeError, match=r"is a tinygrad_llm\.random\.Generator, or None"):
+            create_dataloader(range(1000), generator=wrong)
     for name in ("batch_size", "max_length", "stride"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
             create_dataloader(range(1000), **{name: 0})

@@ -43,6 +43,8 @@ def test_shares_and_windows():
     assert batches.sources.mean() == pytest.approx(p[1], abs=4 * np.sqrt(p[0] * p[1] / 4000))
     starts = set(x[batches.sources == 0, 0].tolist())
     assert min(starts) == 0 and max(starts) == 191 and len(starts) > 150
+    starts = x[batches.sources == 1, 0]
+    assert starts.min() < 10_100 and starts.max() > 29_900  # the large one as a whole, too
 
 
 def test_given_weights():
@@ -81,6 +83,8 @@ def test_bad_input():
         with pytest.raises(ValueError, match="weights must be one number"):
             mixture_probabilities(weights)
     rng = random.Generator(0)
+    with pytest.raises(TypeError, match="or one of NumPy's, or None for the default one, not 7"):
+        MixedBatches([range(9)], 1, 5, 7)
     with pytest.raises(ValueError, match="no corpus to mix"):
         MixedBatches([], 1, 1, rng)
     with pytest.raises(ValueError, match="need 6 tokens, but there are only 5"):

@@ -16,11 +16,16 @@ TEXT = b"ham\tSee you at 8\nspam\tYou have won!\n"
 FOLDER_OF_THE_USER = "TINYGRAD_LLM_DATA"
 
 
-def zipped(name):
+def zipped(name, text=TEXT):
     content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
-        archive.writestr(name, TEXT)
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, text)
     return content.getvalue()
+
+
+def damaged(content, place):
+    """With the byte there inverted."""
+    return content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :]
 
 
 ANSWERS = {
@@ -28,6 +33,10 @@ ANSWERS = {
     "/wrong.txt": b"<html>Please log in</html>",
     "/text.zip": zipped("collection"),
     "/other.zip": zipped("readme"),
+    "/wrong.zip": zipped("collection", b"another"),
+    "/damaged.zip": damaged(zipped("collection"), 30 + len("collection")),  # the first of the data
+    "/checksum.zip": damaged(zipped("collection"), 45 + len("collection")),
+    "/half.zip": zipped("collection")[:60],
 }
 
 
@@ -94,13 +103,20 @@ def test_download_once(server, cache, corpus, capfd, url, member):
 
 
 @pytest.mark.parametrize(
-    "url, member", [("/wrong.txt", None), ("/other.zip", "x"), ("/text.txt", "x")]
+    "url, member, wrong",
+    [
+        ("/wrong.txt", None, "its SHA-256 is"),
+        ("/wrong.zip", "collection", "its SHA-256 is"),
+        ("/other.zip", "x", "it is a zip archive without x"),
+        ("/text.txt", "x", "it is no zip archive"),
+        ("/damaged.zip", "collection", "it is no zip archive, or a damaged one"),
+        ("/checksum.zip", "collection", "it is no zip archive, or a damaged one"),
+        ("/half.zip", "collection", "it is no zip archive, or a damaged one"),
+    ],
 )
-def test_a_wrong_download_is_not_kept(server, cache, corpus, url, member):
+def test_a_wrong_download_is_not_kept(server, cache, corpus, url, member, wrong):
     corpus(server.url + url, member)
-    with pytest.raises(
-        ValueError, match=r"was not kept: its SHA-256 is .* try again later"
-    ) as error:
+    with pytest.raises(ValueError, match=f"was not kept: {wrong}.*; try again later") as error:
         corpus_path("the-verdict")
     assert "\n" not in str(error.value)
     assert files_under(cache) == []

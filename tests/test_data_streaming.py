@@ -42,7 +42,7 @@ def prepare(paths, out, **options):
     return encode_files(paths, out, encode, TOKENIZER.vocab_size, **options)
 
 
-SIGNS = [*"ab19 _.'\n\t\r日🙂é²", "  ", " \n", "\n\n", "\u00a0", "\u2003", "\x1c", "\u0301"]
+SIGNS = [*"abA19 _.;/'\n\t\r日🙂é²\u00a0\u2003\x1c\u0301", "  ", " \n", "\n\n", ";\n/"]
 pieces = st.sampled_from([*SIGNS, "word ", " word", "'s", END, SPACED])
 
 
@@ -72,6 +72,13 @@ SPLITTERS = {
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
+    "o200k": regex.compile(
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
     "words": regex.compile(r"\w+|[^\w\s]"),
 }
 
@@ -87,6 +94,21 @@ def test_no_word_of_any_tokenizer_is_cut(tmp_path_factory, splitter, text, block
     assert "".join(blocks) == "x" + text
     words = [word for block in blocks for word in splitter.findall(block)]
     assert words == splitter.findall("x" + text)
+
+
+def test_o200ks_ids_of_comments(tmp_path, monkeypatch):
+    """Its words go on from the end of a line to the "/" of the next."""
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"\n/": 256, b";\n/": 257}
+    o200k = tiktoken.Encoding(
+        "o200k", pat_str=SPLITTERS["o200k"].pattern, mergeable_ranks=ranks, special_tokens={}
+    )
+    text = "x = 1;\n// c\ny = 2;\n// d\n"
+    (tmp_path / "a.txt").write_text(text)
+    monkeypatch.setattr(streaming, "BLOCK", 8)
+    encode_files(tmp_path / "a.txt", tmp_path / "t.npy", o200k.encode, o200k.n_vocab)
+    expected = o200k.encode(text)
+    assert expected.count(257) == 2
+    assert open_tokens(tmp_path / "t.npy").tolist() == expected
 
 
 @pytest.mark.parametrize("prefix_space", [False, True])

@@ -168,6 +168,22 @@ def test_binary_cross_entropy_is_finite_at_0_and_1_as_pytorchs():
          lambda p: TF.binary_cross_entropy(p, to_torch(t)), p, relative=1e-8)  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_binary_cross_entropy_of_a_certain_error_is_100(dtype):
+    for p in (0.0, 1.0):
+        with np.errstate(all="raise", under="ignore"):
+            loss = F.binary_cross_entropy(Tensor(np.array([p], dtype)), np.array([1 - p], dtype))
+        assert loss.item() == 100 and loss.dtype == dtype
+
+
+def test_binary_cross_entropy_takes_numbers_from_0_to_1_alone():
+    for wrong in (1.5, -1e-6, np.nan, np.inf):
+        with pytest.raises(ValueError, match=f"probability {wrong} is not between 0 and 1"):
+            F.binary_cross_entropy(np.array([0.5, wrong]), np.ones(2))
+        with pytest.raises(ValueError, match=f"target {wrong} is not between 0 and 1"):
+            F.binary_cross_entropy(np.full(2, 0.5), np.array([1, wrong]))
+
+
 def test_cross_entropy_of_ignored_rows_alone_is_pytorchs():
     with np.errstate(invalid="ignore"):
         for reduction in ("sum", "none"):

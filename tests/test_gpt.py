@@ -424,6 +424,15 @@ def test_a_resized_model_trains_on_its_new_tokens(tie_weights):
     GPT(model.cfg).load_state_dict(model.state_dict())
 
 
+@tying
+def test_resized_weights_that_are_not_trained_stay_so(tie_weights):
+    model = build(tie_weights=tie_weights)
+    model.tok_emb.weight.requires_grad = False
+    model.resize_token_embeddings(55)
+    assert not model.tok_emb.weight.requires_grad
+    assert model.out_head.weight.requires_grad == (not tie_weights)
+
+
 def test_resizing_to_the_same_or_fewer():
     model = build()
     weight = model.tok_emb.weight

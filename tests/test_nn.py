@@ -272,6 +272,34 @@ def test_embedding_is_a_lookup_and_its_gradient_adds_up():
     assert np.allclose(table(ids).data, one_hot @ table.weight.data)
 
 
+def test_no_ids_have_no_embeddings():
+    for nothing in ([], np.zeros(0, np.int64), Tensor([])):
+        assert nn.Embedding(3, 2)(nothing).shape == (0, 2)
+    with pytest.raises(TypeError, match="takes integers, not float64"):
+        nn.Embedding(3, 2)([0.0])
+
+
+CAUSAL_WEIGHTS = [
+    steps.causal_weights_by_renormalising,
+    steps.causal_weights_by_filling,
+    steps.causal_weights_by_adding,
+]
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint8", "bool", "float16", "float32", "float64"])
+@pytest.mark.parametrize("weights", CAUSAL_WEIGHTS)
+def test_causal_weights(torch, weights, dtype):
+    scores = abs(4 * normal(5, 5)).astype(dtype)
+    given = scores.dtype if scores.dtype.kind == "f" else np.float32
+    hidden = torch.tensor(scores.astype(float)).masked_fill(
+        torch.ones(5, 5).triu(1).bool(), -torch.inf
+    )
+    found = weights(Tensor(scores))
+    assert found.dtype == given
+    expected = torch.softmax(hidden, -1).numpy()
+    np.testing.assert_allclose(found.data, expected, atol=8 * np.finfo(given).eps)
+
+
 def test_bce_loss_is_pytorchs(torch):
     p, t = 1 / (1 + np.exp(-normal(5, 1))), normal(5, 1, seed=1) > 0
     ours, theirs = Tensor(p, requires_grad=True), torch.tensor(p, requires_grad=True)
@@ -397,6 +425,7 @@ STEPS = [
     lambda: steps.SelfAttentionV2(3, 2),
     lambda: steps.CausalAttention(3, 2, 6),
     lambda: steps.MultiHeadAttentionWrapper(3, 2, 6, 2),
+    lambda: steps.MultiHeadAttention(3, 2, 6, 2),
     lambda: nn.MultiHeadAttention(3, 2, 6, 2),
 ]
 
@@ -409,6 +438,57 @@ def test_every_step_takes_one_sequence_or_a_batch(make):
         np.testing.assert_allclose(y[b], step(Tensor(x[b])).data, rtol=1e-12, atol=1e-14)
     with pytest.raises(ValueError, match=r"x has shape \(3,\), expected \(..., T, d_in\)"):
         step(Tensor(x[0, 0, 0]))
+
+
+def test_steps_draw_weights_and_dropout_from_their_generator():
+    x, options = normal(2, 5, 3).astype(np.float32), {"dropout": 0.5, "qkv_bias": True}
+    g, by_hand = Generator(1), Generator(1)
+    attention = steps.CausalAttention(3, 4, 6, **options, generator=g)
+    layers = [nn.Linear(3, 4, generator=by_hand) for _ in range(3)]
+    q, k, v = (x @ layer.weight.data.T + layer.bias.data for layer in layers)
+    scores = q @ k.mT / 2 + np.triu(np.full((5, 5), -np.inf), k=1)
+    weights = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
+    kept = by_hand.bernoulli(0.5, (2, 5, 5))
+    np.testing.assert_allclose(attention(Tensor(x)).data, weights * kept * 2 @ v, atol=1e-6)
+    assert g.get_state() == by_hand.get_state()
+    attention.eval()
+    np.testing.assert_allclose(attention(Tensor(x)).data, weights @ v, atol=1e-6)
+
+    wrapper = steps.MultiHeadAttentionWrapper(3, 4, 6, 2, **options, generator=Generator(2))
+    g = Generator(2)
+    heads = [steps.CausalAttention(3, 4, 6, **options, generator=g) for _ in range(2)]
+    expected = np.concatenate([head(Tensor(x)).data for head in heads], axis=-1)
+    assert np.array_equal(wrapper(Tensor(x)).data, expected)
+
+    raw, g = steps.SelfAttentionV1(3, 4, generator=Generator(3)), Generator(3)
+    for matrix in (raw.W_query, raw.W_key, raw.W_value):
+        assert np.array_equal(matrix.data, g.uniform(0, 1, (3, 4)))
+    linear, g = steps.SelfAttentionV2(3, 4, qkv_bias=True, generator=Generator(3)), Generator(3)
+    for layer in (linear.W_query, linear.W_key, linear.W_value):
+        expected = nn.Linear(3, 4, generator=g)
+        assert np.array_equal(layer.weight.data, expected.weight.data)
+        assert np.array_equal(layer.bias.data, expected.bias.data)
+
+
+@pytest.mark.parametrize("qkv_bias", [False, True])
+def test_heads_by_splitting_are_those_of_the_layer(qkv_bias):
+    """The same draws, dropout's among them, and with the same gradients."""
+    options, x = {"dropout": 0.5, "qkv_bias": qkv_bias}, normal(2, 5, 3).astype(np.float32)
+    step = steps.MultiHeadAttention(3, 8, 6, 4, **options, generator=Generator(4))
+    layer = nn.MultiHeadAttention(3, 8, 6, 4, **options, generator=Generator(4))
+    for _ in range(2):  # in training, and not
+        ours, theirs = step(Tensor(x)), layer(Tensor(x))
+        np.testing.assert_allclose(ours.data, theirs.data, rtol=1e-5, atol=1e-6)
+        with np.errstate(invalid="raise"):  # nothing is made of -∞
+            ours.sum().backward()
+        theirs.sum().backward()
+        step.eval()
+        layer.eval()
+    parts = [step.W_query, step.W_key, step.W_value]
+    grads = np.concatenate([part.weight.grad.data for part in parts])
+    np.testing.assert_allclose(grads, layer.qkv.weight.grad.data, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="n_heads must divide d_out, but 8 / 3 leaves 2"):
+        steps.MultiHeadAttention(3, 8, 6, 3)
 
 
 def test_attention_sees_the_past_only_if_causal():
@@ -477,7 +557,32 @@ def test_arguments_are_checked(make, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+GENERATORS = {
+    "rand": lambda g: random.rand(2, generator=g),
+    "randint": lambda g: random.randint(5, (2,), generator=g),
+    "F.dropout": lambda g: F.dropout(Tensor(np.ones(2)), 0.5, generator=g),
+    "Linear": lambda g: nn.Linear(2, 3, generator=g),
+    "Embedding": lambda g: nn.Embedding(2, 3, generator=g),
+    "Dropout": lambda g: nn.Dropout(0.5, generator=g),
+    "SelfAttentionV1": lambda g: steps.SelfAttentionV1(2, 3, generator=g),
+    "TransformerBlock": lambda g: nn.TransformerBlock(8, 2, 4, generator=g),
+}
+
+
+@pytest.mark.parametrize("make", GENERATORS.values(), ids=GENERATORS)
+def test_what_is_no_generator(make):
+    for wrong in (0, 7, np.random.default_rng(0)):
+        with pytest.raises(
+            TypeError, match=r"^a generator is a tinygrad_llm\.random\.Generator, or"
+        ):
+            make(wrong)
+    make(None)
+
+
 def test_inputs_that_do_not_fit():
+    for make in STEPS[:-1]:
+        with pytest.raises(TypeError, match=r"x is a Tensor, not list: make one with tensor\(x\)"):
+            make()([[1.0, 2.0, 3.0]])
     with pytest.raises(ValueError, match=r"x \(2, 5\), weight \(4, 3\)"):
         nn.Linear(3, 4)(Tensor(normal(2, 5)))
     with pytest.raises(ValueError, match=r"7 tokens exceed context_length 6; keep the last 6"):

@@ -80,6 +80,12 @@ def test_layouts_are_converted():
         (a @ a.transpose(1, 2)).data, (b @ b.transpose(1, 2)).data, rtol=1e-4, atol=1e-4
     )
     assert np.array_equal(halves_from_interleaved(interleaved_from_halves(w, 8), 8), w)
+    parameter = nn.Linear(5, 16).weight
+    for convert in (interleaved_from_halves, halves_from_interleaved):
+        found = convert(parameter, 8)
+        assert type(found) is np.ndarray
+        assert np.array_equal(found, convert(parameter.data, 8))
+        assert np.array_equal(found, convert(parameter.tolist(), 8))
     with pytest.raises(ValueError, match="weight has 16 rows; expected a multiple of head_dim 7"):
         interleaved_from_halves(w, 7)
     with pytest.raises(ValueError, match="head_dim is a positive integer, not 0"):
@@ -128,7 +134,8 @@ def test_position_interpolation():
 
 
 @pytest.mark.parametrize(
-    "factor, original, base, dim", [(8.0, 8192, 5e5, 128), (4.0, 2048, 1e4, 64)]
+    "factor, original, base, dim",
+    [(8.0, 8192, 5e5, 128), (4.0, 2048, 1e4, 64), (4.0, 131_072, 1e4, 64)],
 )
 def test_yarn(factor, original, base, dim):
     yarn = nn.Yarn(factor, original)
@@ -169,6 +176,11 @@ def test_yarn_keeps_fast_pairs_and_interpolates_slow_ones(original, dim, base):
         (lambda: nn.RotaryEmbedding(8, 4, scale=2, yarn=nn.Yarn(2, 4)), "give one of them"),
         (lambda: nn.RotaryEmbedding(8, 4, base=1.0, yarn=nn.Yarn(2, 4)), "base is 1.0; expected"),
         (lambda: nn.RotaryEmbedding(8, 4, base=0.5, yarn=nn.Yarn(2, 4)), "base is 0.5; expected"),
+        (lambda: nn.RotaryEmbedding(8, 4, base="a"), "RotaryEmbedding: base is a number, not 'a'"),
+        (lambda: nn.RotaryEmbedding(8, 4, scale=None), "scale is a number, not None"),
+        (lambda: nn.sinusoidal_positions(8, 4, base="a"), "base is a number, not 'a'"),
+        (lambda: nn.Yarn("a", 5), "Yarn: factor is a number, not 'a'"),
+        (lambda: nn.Yarn(2.0, 5, fast="a"), "Yarn: fast is a number, not 'a'"),
         (lambda: nn.Yarn(0.5, 8), "factor >= 1"),
         (lambda: nn.Yarn(np.inf, 8), "expected finite numbers"),
         (lambda: nn.Yarn(np.nan, 8), "expected finite numbers"),

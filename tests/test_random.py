@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinygrad_llm import random
+from tinygrad_llm import Tensor, random
 from tinygrad_llm.random import Generator
 
 SEEDS = st.integers(0, 2**40)
@@ -25,6 +25,8 @@ OURS = {
     "permutation": lambda g, n: g.permutation(n),
     "integers": lambda g, n: g.integers(-5, 1000, (n,)),
     "large integers": lambda g, n: g.integers(0, 1 << 40, (n,)),
+    "of one word": lambda g, n: g.integers(0, (1 << 28) - 1, (n,)),
+    "of two words": lambda g, n: g.integers(0, 1 << 28, (n,)),
 }
 THEIRS = {
     "uniform": lambda g, n: torch.empty(n).uniform_(-0.3, 0.7, generator=g),
@@ -35,6 +37,8 @@ THEIRS = {
     "permutation": lambda g, n: torch.randperm(n, generator=g),
     "integers": lambda g, n: torch.randint(-5, 1000, (n,), generator=g),
     "large integers": lambda g, n: torch.randint(0, 1 << 40, (n,), generator=g),
+    "of one word": lambda g, n: torch.randint(0, (1 << 28) - 1, (n,), generator=g),
+    "of two words": lambda g, n: torch.randint(0, 1 << 28, (n,), generator=g),
 }
 
 
@@ -64,6 +68,14 @@ def test_a_state_goes_on_exactly(seed, n, name):
     other = Generator()
     other.set_state(state)
     assert np.array_equal(OURS[name](other, 21), after)
+
+
+def test_uniform_numbers_reach_the_upper_end_only_by_rounding():
+    g = Generator()
+    g.words = lambda n: np.full(n, 2**32 - 1, np.uint32)  # the greatest u
+    assert random.rand(1, generator=g).item() == 1 - 2**-24
+    assert g.uniform(1.0, 2.0, 1) == 2 and g.uniform(0.5, 1.0, 1) == 1
+    assert g.uniform(-1.0, 0.0, 1) == -(2.0**-24)
 
 
 STATE = Generator().get_state()
@@ -210,7 +222,12 @@ def test_nothing_and_one_in_random_order():
     "call, error, message",
     [
         (lambda: Generator().integers(3, 3, 1), ValueError, "no integer from 3 to below 3"),
-        (lambda: random.randint(0, 2.5, 3), TypeError, "cannot be interpreted as an integer"),
+        (lambda: random.randint(0, 2.5, (3,)), TypeError, "cannot be interpreted as an integer"),
+        (lambda: random.randint(1, 10), TypeError, r"the size is a tuple, such as \(3,\), not 10"),
+        (lambda: random.randint(1, 10, 5), TypeError, r"the size is a tuple, .* not 5"),
+        (lambda: random.normal(Tensor([0.0, 1.0]), 1, 2), TypeError, "mean is one number, .* Tens"),
+        (lambda: random.normal(0, np.ones(2), 2), TypeError, "std is one number, .* not ndarray"),
+        (lambda: random.uniform("a", 1, 2), TypeError, "low is one number, .* not str"),
         (lambda: random.randperm(-1), ValueError, "integers of 0 and more, not -1"),
         (lambda: random.rand(2.0), ValueError, "a shape is made of integers .* not 2.0"),
         (lambda: random.randn((2, -1)), ValueError, r"integers of 0 and more, not \(2, -1\)"),

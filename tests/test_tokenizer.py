@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -36,9 +37,10 @@ from tinygrad_llm.tokenizer import (
 from tinygrad_llm.tokenizer import (
     gpt2 as gpt2_of_tiktoken,
 )
-from tinygrad_llm.tokenizer.bpe import WORD, _words_are_alike
+from tinygrad_llm.tokenizer.bpe import WORD, _finder
 from tinygrad_llm.tokenizer.bpe_files import byte_to_printable, printable
 from tinygrad_llm.tokenizer.bpe_train import learn_merges, merge_pair
+from tinygrad_llm.tokenizer.tiktoken_bpe import GPT2_WORDS
 
 END = "<|endoftext|>"
 CORPUS = embedded_corpus()
@@ -112,7 +114,8 @@ def test_through_tiktoken(text):
 
 def test_characters_that_tiktoken_does_not_know():
     """`regex` may know newer letters: a word with one goes through our own loop."""
-    letters = [c for c in regex.findall(r"\p{L}", ALL_CHARACTERS) if not _words_are_alike(c)]
+    known = set(bytes(_finder(r"\p{L}").encode_ordinary(ALL_CHARACTERS)).decode())
+    letters = [c for c in regex.findall(r"\p{L}", ALL_CHARACTERS) if c not in known]
     if not letters:
         pytest.skip("regex and tiktoken know the same letters")
     new = letters[-1]
@@ -140,6 +143,32 @@ def test_to_tiktoken_and_back(tmp_path):
                 special_tokens={},
             )
         ).to_bpe()
+
+
+@pytest.mark.parametrize("pattern", [r"[\s\S]", ".+", WORD.pattern + "|x"])
+def test_words_that_files_cannot_say(tmp_path, pattern):
+    ranks, special = FAST.encoding._mergeable_ranks, FAST.special_tokens
+    other = tiktoken.Encoding("my", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    with pytest.raises(ValueError, match="'my' cuts text into other words than GPT-2") as caught:
+        TiktokenTokenizer(other).save(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("pattern", sorted(GPT2_WORDS))
+def test_words_that_files_say(tmp_path_factory, pattern):
+    """However they are written."""
+    ranks, special = FAST.encoding._mergeable_ranks, FAST.special_tokens
+    ours = tiktoken.Encoding("my", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    folder = tmp_path_factory.mktemp("same")
+    TiktokenTokenizer(ours).save(folder)
+    loaded = load(folder)
+
+    @given(KNOWN_TEXT | st.text(" \n\ta1.é'strevmld"))
+    def on_any_text(text):
+        assert loaded.encode(text) == ours.encode(text)
+
+    on_any_text()
 
 
 @pytest.mark.parametrize("text", [" " * 400_000 + "a", "\n" * 1000, "the" * 3000, "é" * 1000])
@@ -341,6 +370,14 @@ def test_ours_on_the_books_text():
         *["J", "ack", " e", "m", "b", "r", "ac", "ed", " be", "a", "ut", "y", " through", " art"],
         *[" and", " life", "."],
     ]
+
+
+def test_training_on_tiny_shakespeare_takes_seconds():
+    text = data_file("tinyshakespeare.txt").read_text(encoding="utf-8")
+    start = time.perf_counter()
+    trained = BPETokenizer.train(text, 256 + 5000 + 1)
+    assert time.perf_counter() - start < 60  # 2 on one quiet core
+    assert len(trained.merges) == 5000
 
 
 def test_playing_is_play_and_ing():
@@ -608,8 +645,10 @@ def test_ids_in_another_order_than_merges(tmp_path):
         ((END, 300), ValueError, "besides special tokens"),
         ((b"text", 300), TypeError, "must be str"),
         (("half a pair \ud83d", 300), ValueError, "at index 12"),
-        (("text", 300.0), TypeError, "integer"),
+        (("text", 300.5), TypeError, "vocab_size must be an integer, got 300.5"),
+        (("text", "300"), TypeError, "vocab_size must be an integer, got '300'"),
         (("text", 300, END), TypeError, "list"),
+        (("text", 300, None), TypeError, "must be a list of texts, got NoneType"),
         (("text", 300, [END, END]), ValueError, "different"),
         (("text", 300, [""]), ValueError, "empty"),
         (("text", 300, ["!"]), ValueError, "choose another"),
@@ -711,6 +750,9 @@ def test_bad_new_tokens():
             trained.add_tokens(["<new>", *bad])
     with pytest.raises(TypeError, match="list of texts"):
         trained.add_tokens("<new>")
+    for bad in (None, 5):
+        with pytest.raises(TypeError, match=f"must be a list of texts, got {type(bad).__name__}"):
+            trained.add_tokens(bad)
     assert trained.vocab_size == before  # all or nothing
 
 
@@ -785,12 +827,35 @@ BAD_MERGES = {
     "no merge makes 442 tokens": lambda lines: [],
     "no merge makes 1 tokens": lambda lines: lines[:-1],
     "expected two tokens": lambda lines: [*lines[:-1], lines[-1] + " x"],
-    "merge 443 makes '!!'": lambda lines: [*lines, "! !"],
+    "merge 443 makes b'!!'": lambda lines: [*lines, "! !"],
     "merge 443 makes .* no earlier": lambda lines: [*lines, lines[1]],
-    "merge 443 uses 'zqzq'": lambda lines: [*lines, "zqzq z"],
+    "merge 443 uses b'zqzq'": lambda lines: [*lines, "zqzq z"],
     "earlier merge makes": lambda lines: [lines[0], *lines[:0:-1]],
     "stands for no byte": lambda lines: [*lines, "\t z"],
 }
+
+
+BYTE_IDS = {bytes([byte]): byte for byte in range(256)}
+AB = (b"a", b"b")
+
+
+@pytest.mark.parametrize(
+    ("merges", "token_ids", "special_tokens", "error", "message"),
+    [
+        ([AB], {b"a": 0, b"b": 1, b"ab": 2}, {}, ValueError, "254 of 256 bytes are missing"),
+        ([AB], BYTE_IDS, {}, ValueError, "merge 1 makes b'ab': expected a token of the vocab"),
+        ([(b"ab", b"c")], BYTE_IDS | {b"abc": 256}, {}, ValueError, "merge 1 uses b'ab': exp"),
+        ([(b"a",)], BYTE_IDS, {}, ValueError, r"merge 1 is \(b'a',\): expected two tokens"),
+        ([("a", "b")], BYTE_IDS | {b"ab": 256}, {}, ValueError, "merge 1 uses 'a': expected"),
+        ([], BYTE_IDS | {b"ab": 256}, {}, ValueError, "no merge makes 1 tokens, such as b'ab'"),
+        ([], BYTE_IDS | {"ab": 256}, {}, TypeError, "tokens must be bytes, got 'ab'"),
+        ([], BYTE_IDS, {"Ġ": 256}, ValueError, "'Ġ' looks like an ordinary one"),
+    ],
+)
+def test_parts_that_do_not_fit_together(merges, token_ids, special_tokens, error, message):
+    with pytest.raises(error, match=message) as caught:
+        BPETokenizer(merges, token_ids, special_tokens)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("message", BAD_MERGES)
@@ -902,6 +967,86 @@ def test_a_damaged_tokenizer_json_is_a_value_error(tmp_path, small):
             assert loaded.decode(ids) == "some text"
 
     on_any_damage()
+
+
+# Vocabularies made by hand: tokens with any ids, of which the last is that of a special token
+
+
+def of_words(ids: dict) -> WordTokenizer:
+    return WordTokenizer(ids, "[UNK]")
+
+
+def of_word_pieces(ids: dict) -> WordPieceTokenizer:
+    return WordPieceTokenizer(*split_off_last(ids))
+
+
+def of_unigrams(ids: dict) -> UnigramTokenizer:
+    token_ids, special_tokens = split_off_last(ids)
+    log_probs = {piece: -1.0 - i for i, piece in enumerate(token_ids)}
+    return UnigramTokenizer(log_probs, token_ids, special_tokens, byte_fallback=False)
+
+
+def of_bytes(ids: dict) -> BPETokenizer:
+    return BPETokenizer([AB], *split_off_last(ids))
+
+
+def split_off_last(ids: dict) -> tuple[dict, dict]:
+    *ordinary, special = ids.items()
+    return dict(ordinary), dict([special])
+
+
+BY_HAND = {
+    of_words: ["a", "b", "ab", "[UNK]"],
+    of_word_pieces: ["a", "##b", "b", "[UNK]"],
+    of_unigrams: ["a", "b", "▁", "<unk>"],
+    of_bytes: [*BYTE_IDS, b"ab", END],
+}
+by_hand = pytest.mark.parametrize("make", BY_HAND, ids=lambda make: make.__name__)
+
+
+@by_hand
+def test_ids_made_by_hand(make, tmp_path_factory):
+    """In memory, any different ids will do; files must have all of them."""
+
+    @settings(max_examples=25)
+    @given(st.sets(st.integers(0, 260), max_size=3), st.randoms(use_true_random=False))
+    def with_any_holes(holes, random):
+        tokens = BY_HAND[make]
+        ids = [i for i in range(len(tokens) + len(holes)) if i not in holes][: len(tokens)]
+        last, is_whole = ids[-1], ids[-1] == len(tokens) - 1
+        random.shuffle(ids)
+        tokenizer = make(dict(zip(tokens, ids)))
+        assert tokenizer.vocab_size == last + 1
+        assert [tokenizer.token_to_id(token) for token in tokens] == ids
+        assert tokenizer.add_tokens(["<new>"]) == [last + 1]
+        text = "a<new>b ab"
+        found = tokenizer.encode(text, allowed_special="all")
+        assert "".join(tokenizer.decode(found).split()) == "a<new>bab"
+        assert tokenizer.encode_array(text, allowed_special="all").tolist() == found
+        folder = tmp_path_factory.mktemp("by_hand")
+        if is_whole:
+            tokenizer.save(folder)
+            assert parts(load(folder)) == parts(tokenizer)
+        else:
+            with pytest.raises(
+                ValueError, match=r"tokenizer\.json: expected each id 0\.\.\d+ once"
+            ):
+                tokenizer.save(folder)
+            assert not list(folder.iterdir())
+
+    with_any_holes()
+
+
+@by_hand
+@pytest.mark.parametrize("place", [0, -1])
+@pytest.mark.parametrize("bad", [1, -1, "0", 0.0, True, None])
+def test_bad_ids_made_by_hand(make, place, bad):
+    tokens = BY_HAND[make]
+    ids = list(range(len(tokens)))
+    ids[place] = bad
+    with pytest.raises(ValueError, match=r"has the id .*: expected a different whole") as caught:
+        make(dict(zip(tokens, ids)))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("tokenizer", [*SMALL, FAST], ids=lambda small: type(small).__name__)

@@ -317,11 +317,17 @@ def test_save_and_load(tmp_path):
         (lambda: UnigramTokenizer.train("", 300), ValueError, "empty text"),
         (lambda: UnigramTokenizer.train("<s>", 300), ValueError, "besides special tokens"),
         (lambda: UnigramTokenizer.train("ab", 260), ValueError, "at least 261 (259 special"),
-        (lambda: UnigramTokenizer.train("ab", 300.0), TypeError, "integer"),
+        (lambda: UnigramTokenizer.train("ab", 300.0), TypeError, "vocab_size must be an integer"),
         (lambda: UnigramTokenizer.train("ab", 300, ["<s>"]), ValueError, "must have '<unk>'"),
         (lambda: UnigramTokenizer.train("ab", 300, ["<unk>", "<0x00>"]), ValueError, "byte"),
         (lambda: UnigramTokenizer.train(None, 300), TypeError, "must be str"),
         (lambda: with_pieces(), ValueError, "at least one piece"),
+        (lambda: with_pieces(a=math.nan), ValueError, "'a' has the log probability nan: expected"),
+        (lambda: with_pieces(a=-math.inf), ValueError, "'a' has the log probability -inf"),
+        (lambda: with_pieces(a="-1"), ValueError, "'a' has the log probability '-1'"),
+        (lambda: with_pieces(a=-1, **{"": -1}), ValueError, "'' has the log probability -1"),
+        (lambda: with_pieces(a=-1, **{"<unk>": -1}), ValueError, "'<unk>' looks like an ordinary"),
+        (lambda: with_pieces(a=-1, **{"\udc00": -1}), ValueError, "surrogate pair"),
         (lambda: TRAINED.encode("a </s>"), ValueError, "special token '</s>'"),
         (lambda: TRAINED.encode("a", allowed_special=["[EOS]"]), ValueError, "no special token"),
         (lambda: TRAINED.encode("\udc00"), ValueError, "surrogate pair"),
@@ -385,3 +391,10 @@ def test_a_file_cut_short(tmp_path_factory, length):
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(ValueError, match=r"tokenizer\.json is not"):
         load(folder)
+
+
+def test_training_says_at_once_that_the_unknown_token_is_missing():
+    calls = []
+    with pytest.raises(ValueError, match="must have '<unk>'"):
+        UnigramTokenizer.train("ab ab", 300, ["<s>"], progress=lambda *c: calls.append(c))
+    assert not calls

@@ -236,10 +236,13 @@ def test_save_and_load(tmp_path, lowercase):
         (lambda: WordPieceTokenizer.train("\x00", 10), ValueError, "control characters"),
         (lambda: WordPieceTokenizer.train("[UNK]", 10), ValueError, "empty text"),
         (lambda: WordPieceTokenizer.train("ab", 6), ValueError, "at least 7 (5 special tokens and"),
-        (lambda: WordPieceTokenizer.train("ab", 9.0), TypeError, "integer"),
+        (lambda: WordPieceTokenizer.train("ab", 9.0), TypeError, "vocab_size must be an integer"),
         (lambda: WordPieceTokenizer.train("ab", 9, ["[PAD]"]), ValueError, "must have '[UNK]'"),
         (lambda: WordPieceTokenizer.train("ab", 9, ["[UNK]", "##b"]), ValueError, "choose another"),
         (lambda: WordPieceTokenizer.train(b"ab", 9), TypeError, "must be str"),
+        (lambda: with_pieces("a", "[UNK]"), ValueError, "'[UNK]' looks like an ordinary one"),
+        (lambda: with_pieces("a", "\udc00"), ValueError, "surrogate pair"),
+        (lambda: with_pieces("a", 1), TypeError, "must be str, got int"),
         (lambda: TRAINED.encode("a [MASK]"), ValueError, "special token '[MASK]'"),
         (lambda: TRAINED.encode("a", allowed_special=["[EOS]"]), ValueError, "no special token"),
         (lambda: TRAINED.encode("\udc00"), ValueError, "surrogate pair"),
@@ -292,3 +295,10 @@ def test_a_file_cut_short(tmp_path_factory, length):
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(ValueError, match=r"tokenizer\.json is not"):
         load(folder)
+
+
+def test_training_says_at_once_that_the_unknown_token_is_missing():
+    calls = []
+    with pytest.raises(ValueError, match=r"must have '\[UNK\]'"):
+        WordPieceTokenizer.train("ab ab", 100, ["[PAD]"], progress=lambda *c: calls.append(c))
+    assert not calls

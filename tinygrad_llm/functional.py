@@ -241,8 +241,14 @@ def nll_loss(log_probabilities, targets, ignore_index=-100):
 
 
 def binary_cross_entropy(probabilities, targets):
-    """Mean of -(t log p + (1 - t) log(1 - p)), same shapes. The targets get no gradient."""
-    return _pairs("binary_cross_entropy", probabilities, targets)
+    """Mean of -(t log p + (1 - t) log(1 - p)), same shapes. The targets get no gradient.
+
+    Raises ValueError for a p or t that is not between 0 and 1.
+    """
+    p, t = _tensor(probabilities), _tensor(targets)
+    _check_unit("binary_cross_entropy: probability", p.data)
+    _check_unit("binary_cross_entropy: target", t.data)
+    return _pairs("binary_cross_entropy", p, t)
 
 
 def binary_cross_entropy_with_logits(logits, targets):
@@ -286,7 +292,7 @@ def _some(tensors, name):
 
 def _integers(ids, name):
     ids = ids.data if isinstance(ids, Tensor) else np.asarray(ids)
-    if ids.dtype.kind not in "iu":
+    if ids.size and ids.dtype.kind not in "iu":  # an empty list has no dtype of its own
         raise TypeError(f"{name} takes integers, not {ids.dtype}")
     return ids.astype(np.int64, copy=False)
 
@@ -295,6 +301,12 @@ def _check_range(ids, n, what):
     if ids.size and not (ids.min() >= 0 and ids.max() < n):
         wrong = int(ids.min()) if ids.min() < 0 else int(ids.max())
         raise IndexError(f"{what} {wrong} is out of range; expected 0 to {n - 1}")
+
+
+def _check_unit(what, x):
+    wrong = x[~((x >= 0) & (x <= 1))]  # nan, too
+    if wrong.size:
+        raise ValueError(f"{what} {wrong[0]} is not between 0 and 1")
 
 
 def _check_reduction(reduction):
@@ -316,7 +328,7 @@ def _keep_mask(shape, p, dtype, generator):
         return None
     if dtype.kind not in "fc":  # complex: the gradient checker's numbers
         raise TypeError(f"dropout is for floating-point tensors, not {dtype}")
-    generator = generator or random.default_generator
+    generator = random.or_default(generator)
     kept = generator.bernoulli(1 - p, shape).astype(dtype)
     return kept if p == 1 else kept / dtype.type(1 - p)
 

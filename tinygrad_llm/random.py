@@ -70,8 +70,11 @@ class Generator:
     # --- numbers ----------------------------------------------------------------------------------
 
     def uniform(self, low, high, shape, dtype=np.float32):
-        """Uniform numbers in [low, high), an array of float32 or float64."""
-        dtype, low, high = _float(dtype), float(low), float(high)
+        """Uniform numbers, an array of float32 or float64: low + (high - low) u, u in [0, 1).
+
+        They are below high but for rounding: in float32, 1 + (1 - 2⁻²⁴) is 2.
+        """
+        dtype, low, high = _float(dtype), _number("low", low), _number("high", high)
         if not 0 <= high - low <= float(np.finfo(dtype).max):
             raise ValueError(f"there are no uniform numbers of {dtype} from {low} to below {high}")
         low, high = dtype.type(low), dtype.type(high)
@@ -87,7 +90,8 @@ class Generator:
         drawn again. Fewer are made one by one, each pair of two float64 u, u': with
         r = √(-2 log(1 - u')), r cos 2πu is the number, and r sin 2πu the next one.
         """
-        dtype, shape, mean, std = _float(dtype), _shape(shape), float(mean), float(std)
+        dtype, shape = _float(dtype), _shape(shape)
+        mean, std = _number("mean", mean), _number("std", std)
         if not std >= 0:
             raise ValueError(f"a standard deviation is 0 or more, not {std}")
         n = math.prod(shape)
@@ -222,6 +226,13 @@ def _float(dtype):
     return dtype
 
 
+def _number(name, x):
+    try:
+        return float(x)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is one number, the same for all, not {type(x).__name__}") from None
+
+
 def _check_probabilities(p):
     p = np.asarray(p)
     wrong = p[~((p >= 0) & (p <= 1))]
@@ -234,6 +245,23 @@ def _check_probabilities(p):
 default_generator = Generator()
 
 
+def or_default(generator, integers_only=False):
+    """The generator itself; for None the default one.
+
+    Raises TypeError for anything but a Generator. Where only integers are drawn, NumPy's will do,
+    too: whatever has integers(low, high, size), high excluded.
+    """
+    if generator is None:
+        return default_generator
+    if isinstance(generator, Generator) or (integers_only and hasattr(generator, "integers")):
+        return generator
+    or_numpys = " or one of NumPy's" if integers_only else ""
+    raise TypeError(
+        f"a generator is a tinygrad_llm.random.Generator{or_numpys}, or None for the default one, "
+        f"not {generator!r}"
+    )
+
+
 def manual_seed(seed):
     """Seeds the default generator, which initialises layers and draws dropout masks."""
     return default_generator.manual_seed(seed)
@@ -241,22 +269,22 @@ def manual_seed(seed):
 
 def rand(*size, generator=None, dtype=np.float32, requires_grad=False):
     """Uniform numbers in [0, 1), a Tensor: rand(2, 3) or rand((2, 3))."""
-    return Tensor(_or_default(generator).uniform(0.0, 1.0, _flat(size), dtype), requires_grad)
+    return Tensor(or_default(generator).uniform(0.0, 1.0, _flat(size), dtype), requires_grad)
 
 
 def randn(*size, generator=None, dtype=np.float32, requires_grad=False):
     """Standard normal numbers, a Tensor: randn(2, 3) or randn((2, 3))."""
-    return Tensor(_or_default(generator).normal(0.0, 1.0, _flat(size), dtype), requires_grad)
+    return Tensor(or_default(generator).normal(0.0, 1.0, _flat(size), dtype), requires_grad)
 
 
 def uniform(low, high, size, generator=None, dtype=np.float32):
-    """Uniform numbers in [low, high), a Tensor."""
-    return Tensor(_or_default(generator).uniform(low, high, size, dtype))
+    """Uniform numbers from low to high, a Tensor; high only by rounding."""
+    return Tensor(or_default(generator).uniform(low, high, size, dtype))
 
 
 def normal(mean, std, size, generator=None, dtype=np.float32):
     """Normal numbers, a Tensor; mean and std are numbers."""
-    return Tensor(_or_default(generator).normal(mean, std, size, dtype))
+    return Tensor(or_default(generator).normal(mean, std, size, dtype))
 
 
 def bernoulli(probabilities, generator=None):
@@ -265,20 +293,24 @@ def bernoulli(probabilities, generator=None):
     """
     p = Tensor(probabilities).data
     _check_probabilities(p)
-    u = _or_default(generator).uniform(0.0, 1.0, p.shape, p.dtype)
+    u = or_default(generator).uniform(0.0, 1.0, p.shape, p.dtype)
     return Tensor((u < p).astype(p.dtype))
 
 
 def randint(low, high, size=None, generator=None):
-    """Integers in low..high-1, an int64 Tensor; randint(high, size) begins at 0."""
+    """Integers in low..high-1, an int64 Tensor; randint(high, size) begins at 0. The size is a
+    tuple or list: of two numbers the second one could be either.
+    """
     if size is None:
         low, high, size = 0, low, high
-    return Tensor(_or_default(generator).integers(low, high, size))
+    if not isinstance(size, tuple | list):
+        raise TypeError(f"randint: the size is a tuple, such as (3,), not {size!r}")
+    return Tensor(or_default(generator).integers(low, high, size))
 
 
 def randperm(n, generator=None):
     """0..n-1 in random order, an int64 Tensor."""
-    return Tensor(_or_default(generator).permutation(n))
+    return Tensor(or_default(generator).permutation(n))
 
 
 def multinomial(probabilities, num_samples, replacement=False, generator=None):
@@ -287,11 +319,7 @@ def multinomial(probabilities, num_samples, replacement=False, generator=None):
     Without replacement all are different. Raises ValueError as Generator.multinomial does.
     """
     p = Tensor(probabilities).data
-    return Tensor(_or_default(generator).multinomial(p, num_samples, replacement))
-
-
-def _or_default(generator):
-    return default_generator if generator is None else generator
+    return Tensor(or_default(generator).multinomial(p, num_samples, replacement))
 
 
 def _flat(size):

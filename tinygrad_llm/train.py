@@ -145,7 +145,7 @@ class Trainer:
         _check_fit(model, settings, train_tokens, val_tokens)
         self.model, self.settings, self.val_tokens = model, settings, val_tokens
         self.windows = random.Generator(settings.seed)
-        self.dropout = model.drop_emb.generator or random.default_generator
+        self.dropout = random.or_default(model.drop_emb.generator)
         rows = settings.batch_size * settings.accumulate
         self.batches = RandomBatches(train_tokens, rows, settings.context, self.windows)
         model.recompute = settings.recompute

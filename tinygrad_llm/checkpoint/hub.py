@@ -17,10 +17,12 @@ def find_model(name_or_dir: str | Path) -> Path:
 
     The copy is in huggingface_hub's cache, as HF_HOME says; HF_HUB_OFFLINE=1 keeps to that. Raises
     FileNotFoundError if there is no such model or it cannot be downloaded. What neither exists nor
-    can be a name is given back: whoever opens it knows what to say.
+    can be a name, such as runs/7 where there is a folder runs, is given back: whoever opens it
+    knows what to say.
     """
     path, name = Path(name_or_dir), str(name_or_dir)
-    if path.exists() or not (name in SIZES or NAME.fullmatch(name)):
+    a_name = name in SIZES or (NAME.fullmatch(name) and not path.parent.is_dir())
+    if path.exists() or not a_name:
         return path
     return _downloaded(f"{OWNER}/{name}" if name in SIZES else name, name)
 

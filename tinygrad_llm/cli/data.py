@@ -81,7 +81,8 @@ def prepare(
             print(f"stopped; {out} was not written", file=sys.stderr)
             return 130
         screen.say(f"they are {count:,} tokens, of a vocabulary of {encoder.vocab_size:,}: {out}")
-        screen.say(f"SHA-256 of the text: {corpus_hash(paths)}")
+        hashed = "the text" if len(paths) == 1 else f"the {len(paths)} texts' SHA-256 hashes"
+        screen.say(f"SHA-256 of {hashed}: {corpus_hash(paths)}")
     screen.result(out)
     return 0
 

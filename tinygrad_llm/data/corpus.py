@@ -97,8 +97,10 @@ def _utf8_expected(path: Path, offset: int) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
+        cut = "the file ends inside a character; if it was cut off, get the whole of it; else, "
         raise ValueError(
             f"{path} is not UTF-8 at byte offset {offset + error.start}: "
+            + (cut if error.reason == "unexpected end of data" else "")
             + _to_utf8(path, "LATIN1")
         ) from None
 

@@ -24,7 +24,12 @@ from tinygrad_llm.data.tokens import as_tokens
 from tinygrad_llm.data.windows import at_least_one
 from tinygrad_llm.random import Generator
 
-WORD = re.compile(r"\w+")
+# Thai, Lao, Burmese, Khmer, Japanese and Chinese are written without spaces between words.
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
+WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 CHUNK = 1 << 14  # shingles at a time: a long document needs no more memory
 MISSED = 0.01  # of the documents exactly as alike as the threshold, banding misses no more
 
@@ -32,14 +37,16 @@ MISSED = 0.01  # of the documents exactly as alike as the threshold, banding mis
 def shingles(document: str | ArrayLike, k: int = 8) -> np.ndarray:
     """The set of a document's k-shingles as 64-bit hashes, sorted: (n,) uint64.
 
-    document    a text, of which lower-cased words count and nothing between them; or token ids
+    document    a text, of which lower-cased words count and nothing between them; or token ids.
+                Where a script has no spaces between words, as Chinese, each character is one. In a
+                text without words, of emoji say, each character but white space is one
     k           words, or ids, in a shingle; a shorter document is one shingle
 
     Raises ValueError for k below 1.
     """
     k = at_least_one("k", k)
     if isinstance(document, str):
-        words = WORD.findall(document.lower())
+        words = WORD.findall(document.lower()) or "".join(document.split())
         values = np.array([zlib.crc32(word.encode()) for word in words], np.uint64)
     else:
         values = as_tokens(document).astype(np.uint64)
@@ -76,7 +83,7 @@ class MinHash:
         self._b = (words[2] << np.uint64(32)) | words[3]
 
     def signature(self, document: str | ArrayLike) -> np.ndarray:
-        """(permutations,) uint32; that of a document without words is all 2³² - 1."""
+        """(permutations,) uint32; that of a document without shingles is all 2³² - 1."""
         smallest = np.full(self.permutations, 2**32 - 1, np.uint64)
         hashes = shingles(document, self.k)  # (n,)
         for start in range(0, len(hashes), CHUNK):

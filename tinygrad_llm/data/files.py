@@ -17,9 +17,14 @@ from typing import BinaryIO
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Open a binary file that replaces `path` when the block ends, or leaves it alone on an error.
 
-    Raises OSError if the folder is missing or cannot be written.
+    Raises OSError, which names `path`, if it is a folder, or its folder is missing or cannot be
+    written.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give the path of a file to write")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
     # A part of the name: it may have all of the 255 bytes that a name can have.
     temporary = path.with_name(f".{path.name[-50:]}.{os.getpid()}.tmp")
     try:
@@ -32,6 +37,10 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
                 _give_name(file.name, temporary)
         os.replace(temporary, path)
         sync_folder(path.parent)
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename = str(path)  # the one that the user knows
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

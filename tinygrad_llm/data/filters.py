@@ -20,7 +20,8 @@ TELEPHONE = (
 
 # What personal data looks like: a start, to be extended for the corpus at hand.
 PERSONAL_DATA = {
-    "e-mail address": r"[\w.+-]+@[\w-]+(\.[\w-]+)+",
+    # Only from where such characters begin: else a run of n of them is read n times.
+    "e-mail address": r"(?<![\w.+-])[\w.+-]+@[\w-]+(\.[\w-]+)+",
     "telephone number": TELEPHONE,
     "payment card": r"(?<!\d)\d{4}([ -]?)\d{4}\1\d{4}\1\d{4}(?!\d)",
 }
@@ -29,8 +30,9 @@ PERSONAL_DATA = {
 def perplexity_outliers(perplexities: ArrayLike, sigmas: float = 3.0) -> np.ndarray:
     """True for the documents whose perplexity is above µ + sigmas σ: (N,) -> (N,) booleans.
 
-    µ and σ are the mean and standard deviation of all N. Among N numbers none lies more than
-    (N - 1) / √N deviations above the mean: with fewer than 11, three are never exceeded.
+    µ and σ are the mean and standard deviation of all N: σ² is the mean of (p - µ)². Among N
+    numbers none lies more than √(N - 1) deviations above the mean (Samuelson, 1968): with fewer
+    than 10, three are never exceeded.
     Raises ValueError for a nan or infinite perplexity, and for another shape.
     """
     p = np.asarray(perplexities, np.float64)

@@ -25,7 +25,7 @@ class DataLoader:
                 seeds
 
     As in PyTorch, every loop draws from the generator, without shuffle too. Raises ValueError for
-    batch_size below 1 or if there would be no batch at all.
+    batch_size below 1 or if there would be no batch at all, TypeError for another generator.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class DataLoader:
         generator: random.Generator | None = None,
         collate_fn: Callable[[list], Any] | None = None,
     ):
+        random.or_default(generator)  # raises TypeError; None stays None
         self.dataset = dataset
         self.batch_size = at_least_one("batch_size", batch_size)
         self.shuffle = shuffle
@@ -56,7 +57,7 @@ class DataLoader:
         return full if self.drop_last or rest == 0 else full + 1
 
     def __iter__(self) -> Iterator[Any]:
-        generator = self.generator or random.default_generator
+        generator = random.or_default(self.generator)
         generator.words(2)  # a seed for worker processes: PyTorch draws it, with workers or without
         return self._batches(generator)
 

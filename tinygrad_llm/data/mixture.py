@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike
 
 from tinygrad_llm.data.tokens import as_tokens
 from tinygrad_llm.data.windows import Batch, at_least_one, gather, need_one_window
+from tinygrad_llm.random import or_default
 
 
 def mixture_probabilities(weights: ArrayLike, alpha: float = 0.7) -> np.ndarray:
@@ -34,11 +35,13 @@ class MixedBatches:
     corpora     arrays of token ids, (N_i,) each; memory-mapped ones stay in their files
     alpha       of mixture_probabilities
     weights     of mixture_probabilities; by default the corpora's numbers of tokens
-    rng         anything with integers(low, high, size), high excluded
+    rng         anything with integers(low, high, size), high excluded; None is
+                random.default_generator
 
     Each step gives (x, y), each (batch_size, context) int64; `sources` (batch_size,) says which
     corpus each row of the last batch came from. The same state of `rng` gives the same batches.
-    Raises ValueError for no corpus, one shorter than a window, or numbers out of range.
+    Raises ValueError for no corpus, one shorter than a window, or numbers out of range, TypeError
+    for another rng.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class MixedBatches:
             raise ValueError("no corpus to mix: give at least one array of tokens")
         self.batch_size = at_least_one("batch_size", batch_size)
         self.context = at_least_one("context", context)
-        self.rng = rng
+        self.rng = or_default(rng, integers_only=True)
         for tokens in self.corpora:
             need_one_window(tokens, self.context)
         sizes = [len(tokens) for tokens in self.corpora]

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -106,7 +107,7 @@ def _downloaded(name: str, path: Path) -> Path:
     source = SOURCES[name]
     try:
         with TemporaryDirectory() as folder:
-            content = _member(_fetched(source.url, Path(folder)), source)
+            content, wrong = _content(_fetched(source.url, Path(folder)), source)
     except OSError as error:  # what `requests` raises, too
         said = str(error).partition(" for url")[0]
         reason = said if 0 < len(said) < 60 else type(error).__name__  # not a page of nested errors
@@ -114,11 +115,10 @@ def _downloaded(name: str, path: Path) -> Path:
             f"{name} cannot be downloaded from {source.url} ({reason}): check the network, or put "
             f"{source.file} into {path.parent} or a folder that {FOLDER} names"
         ) from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != source.sha256:
+    if wrong:
         raise ValueError(
-            f"the download of {name} from {source.url} was not kept: its SHA-256 is {found}, not "
-            f"{source.sha256}; try again later, or put the right file at {path}"
+            f"the download of {name} from {source.url} was not kept: {wrong}; try again later, or "
+            f"put the right file at {path}"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
@@ -133,12 +133,18 @@ def _fetched(url: str, folder: Path) -> Path:
     return Path(pooch.retrieve(url, known_hash=None, fname="download", path=folder))
 
 
-def _member(path: Path, source: Source) -> bytes:
-    """The corpus in what was downloaded: b"" if it is an archive without it."""
+def _content(path: Path, source: Source) -> tuple[bytes, str]:
+    """The corpus in what was downloaded, and what is wrong with it, if anything."""
     if source.member is None:
-        return path.read_bytes()
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.read(source.member)
-    except (zipfile.BadZipFile, KeyError):
-        return b""
+        content = path.read_bytes()
+    else:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                content = archive.read(source.member)
+        except (zipfile.BadZipFile, zlib.error, EOFError):
+            return b"", "it is no zip archive, or a damaged one"
+        except KeyError:
+            return b"", f"it is a zip archive without {source.member}"
+    found = hashlib.sha256(content).hexdigest()
+    right = found == source.sha256
+    return content, "" if right else f"its SHA-256 is {found}, not {source.sha256}"

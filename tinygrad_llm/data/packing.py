@@ -5,9 +5,12 @@ several share a row as its segments: attention stays inside each, and positions 
 that the loss is that of the documents one by one.
 """
 
+from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from operator import index as as_int
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -33,6 +36,11 @@ class Packed:
 
     def __len__(self) -> int:
         return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """inputs, targets, segments of one row, each (T,): views, not copies."""
+        index = as_int(index)
+        return self.inputs[index], self.targets[index], self.segments[index]
 
     def batch(self, indices: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """inputs, targets, segments of these rows, each (len(indices), T): what GPT.loss takes."""
@@ -85,15 +93,21 @@ def _best_fit(sizes: Sequence[int], length: int) -> np.ndarray:
             f"document {int(np.argmax(sizes))} has {max(sizes) + 1} tokens, a row of max_length "
             f"{length} takes {length + 1}: use split=True or a greater max_length"
         )
-    rows_with_room = [[] for _ in range(length + 1)]  # room -> rows that have so much left
+    rows_with_room = defaultdict(list)  # room -> rows that have so much left
+    rooms = []  # those that some row has, sorted
     starts, rows = np.zeros(len(sizes), np.int64), 0
     for number in np.argsort(-np.asarray(sizes), kind="stable").tolist():
         size = sizes[number]
-        room = next((room for room in range(size, length + 1) if rows_with_room[room]), None)
-        if room is None:
+        best = bisect_left(rooms, size)
+        if best == len(rooms):
             row, room, rows = rows, length, rows + 1
         else:
+            room = rooms[best]
             row = rows_with_room[room].pop()
+            if not rows_with_room[room]:
+                del rooms[best]
         starts[number] = row * length + length - room
+        if not rows_with_room[room - size]:
+            insort(rooms, room - size)
         rows_with_room[room - size].append(row)
     return starts

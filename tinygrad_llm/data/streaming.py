@@ -18,8 +18,9 @@ from tinygrad_llm.data.files import atomic_write
 from tinygrad_llm.data.tokens import as_tokens
 
 # Where the words of most tokenizers end: behind a letter or digit that a space or line end follows,
-# and between two lines that are not empty.
-WORD_END = re.compile(r"[^\W_](?=[ \n])|\S\n(?=\S)")
+# and between two lines that are not empty, unless the second begins with the "/" of a comment: in
+# o200k, GPT-4o's, a word of signs takes in line ends and "/" behind it.
+WORD_END = re.compile(r"[^\W_](?=[ \n])|\S\n(?=[^\s/])")
 # Where those of a Unigram tokenizer end: only a space begins a new one, they go on across lines.
 BEFORE_SPACE = re.compile(r"[^\W_](?= )")
 BLOCK = 1 << 20  # bytes read at a time
@@ -38,9 +39,9 @@ def encode_files(
 ) -> int:
     """Encode UTF-8 text files, as one text, into a `.npy` file of token ids; returns their number.
 
-    encode          text -> ids 0..vocab_size-1, by a tokenizer whose words end at spaces and line
-                    ends at the latest (GPT-2's and later ones, words, WordPiece), or at what
-                    word_end says. Then the ids are those of encode(read_corpus(paths, separator))
+    encode          text -> ids 0..vocab_size-1, by a tokenizer whose words end at the latest where
+                    WORD_END finds it (GPT-2's, GPT-4's, GPT-4o's, words, WordPiece), or where
+                    word_end does. Then the ids are those of encode(read_corpus(paths, separator))
     separator       goes between two files
     special_tokens  texts that stand for one token and are never cut
     progress        progress(done, total) is called after each block, in bytes

@@ -18,6 +18,8 @@ def as_tokens(tokens: ArrayLike) -> np.ndarray:
 
     Raises TypeError for anything but integers, ValueError for another number of dimensions.
     """
+    if isinstance(tokens, str | bytes):
+        raise TypeError("tokens must be integer ids, got a text: give tokenizer.encode(text)")
     array = tokens if isinstance(tokens, np.ndarray) else np.asarray(tokens)
     if array.ndim != 1:
         raise ValueError(f"tokens must be one sequence of ids, got an array of shape {array.shape}")

@@ -11,13 +11,17 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from tinygrad_llm.data.tokens import as_tokens
+from tinygrad_llm.random import or_default
 
 Batch = tuple[np.ndarray, np.ndarray]
 
 
 def at_least_one(name: str, value: int) -> int:
     """The value as an int. Raises ValueError if it is below 1, TypeError if it is no integer."""
-    value = as_int(value)
+    try:
+        value = as_int(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return value
@@ -77,16 +81,17 @@ class RandomBatches:
 
     Each step gives (x, y), each (batch_size, context) int64. `rng` is anything with
     `integers(low, high, size)`, high excluded, such as `np.random.default_rng(seed)`. The same
-    state of `rng` gives the same batches.
+    state of `rng` gives the same batches. None is random.default_generator.
 
-    Raises ValueError for batch_size or context below 1 and for a text shorter than one window.
+    Raises TypeError for another rng, ValueError for batch_size or context below 1 and for a text
+    shorter than one window.
     """
 
     def __init__(self, tokens: ArrayLike, batch_size: int, context: int, rng: Any):
         self.tokens = as_tokens(tokens)
         self.batch_size = at_least_one("batch_size", batch_size)
         self.context = at_least_one("context", context)
-        self.rng = rng
+        self.rng = or_default(rng, integers_only=True)
         need_one_window(self.tokens, self.context)
 
     def __iter__(self) -> Iterator[Batch]:

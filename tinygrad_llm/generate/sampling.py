@@ -80,7 +80,7 @@ class Sampler:
     generator   source of randomness; default: the library's own
     vocab_size  only ids below it may be drawn
 
-    Raises ValueError, when it is made, for a value out of range.
+    Raises, when it is made, ValueError for a value out of range, TypeError for another generator.
     """
 
     temperature: float = 1.0
@@ -95,6 +95,7 @@ class Sampler:
         for name in _RANGES:
             if getattr(self, name) is not None:
                 _check(name, getattr(self, name))
+        random.or_default(self.generator)
 
     def __call__(
         self, logits: np.ndarray, ids: np.ndarray, padding: np.ndarray | None = None
@@ -103,8 +104,7 @@ class Sampler:
         logits = self.logits(logits, ids, padding)
         if self.temperature == 0:
             return logits.argmax(axis=-1)
-        generator = self.generator or random.default_generator
-        return generator.multinomial(probabilities(logits))
+        return random.or_default(self.generator).multinomial(probabilities(logits))
 
     def logits(
         self, logits: np.ndarray, ids: np.ndarray, padding: np.ndarray | None = None

@@ -161,7 +161,11 @@ class MultiHeadAttention(Module):
 
 
 def check_tokens(owner: str, x: Tensor, longest: float = math.inf) -> int:
-    """How many tokens x has. Raises ValueError unless it is (..., T, d_in), with T <= longest."""
+    """How many tokens x has. Raises ValueError unless it is (..., T, d_in), with T <= longest,
+    TypeError for a list.
+    """
+    if not isinstance(x, Tensor | np.ndarray):
+        raise TypeError(f"{owner}: x is a Tensor, not {type(x).__name__}: make one with tensor(x)")
     if x.ndim < 2:
         raise ValueError(f"{owner}: x has shape {x.shape}, expected (..., T, d_in)")
     T = x.shape[-2]

@@ -36,8 +36,8 @@ def uniform_(
     rows: slice = slice(None),
 ) -> None:
     """Uniform numbers in [low, high), in all rows or in these."""
+    generator = random.or_default(generator)
     if not _skipping.on:
-        generator = generator or random.default_generator
         part = parameter.data[rows]
         part[...] = generator.uniform(low, high, part.shape)
 
@@ -46,8 +46,8 @@ def normal_(
     parameter: Tensor, mean: float, std: float, generator: random.Generator | None = None
 ) -> None:
     """Normal numbers."""
+    generator = random.or_default(generator)
     if not _skipping.on:
-        generator = generator or random.default_generator
         parameter.data[...] = generator.normal(mean, std, parameter.shape)
 
 

@@ -5,12 +5,13 @@ dropout masks); None means tinygrad_llm.random.default_generator.
 """
 
 import math
+from numbers import Real
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from .. import functional as F  # noqa: N812 (PyTorch's name for it)
-from ..random import Generator
+from ..random import Generator, or_default
 from ..tensor import Tensor
 from . import init
 from .module import Module, Parameter
@@ -102,6 +103,7 @@ class Dropout(Module):
 
     def __init__(self, p: float = 0.5, generator: Generator | None = None):
         check_probability("Dropout", p=p)
+        or_default(generator)  # raises TypeError; None stays None
         self.p = p
         self.generator = generator
 
@@ -182,6 +184,13 @@ def check_sizes(owner: str, **sizes) -> None:
     for name, n in sizes.items():
         if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
             raise ValueError(f"{owner}: {name} is a positive integer, not {n!r}")
+
+
+def check_numbers(owner: str, **numbers) -> None:
+    """Raises ValueError unless every one is a real number."""
+    for name, x in numbers.items():
+        if not isinstance(x, Real):
+            raise ValueError(f"{owner}: {name} is a number, not {x!r}")
 
 
 def check_probability(owner: str, **probabilities) -> None:

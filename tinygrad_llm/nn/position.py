@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from .. import functional as F  # noqa: N812 (PyTorch's name for it)
 from ..tensor import Tensor
-from .layers import check_sizes
+from .layers import check_numbers, check_sizes
 from .module import Module, Parameter
 
 
@@ -21,6 +21,7 @@ def sinusoidal_positions(context_length: int, dim: int, base: float = 10000.0) -
     pos / base^(2k/dim) in columns 2k and 2k + 1. Vaswani et al., 2017, section 3.5.
     """
     check_sizes("sinusoidal_positions", context_length=context_length, dim=dim)
+    check_numbers("sinusoidal_positions", base=base)
     angles = np.arange(context_length)[:, None] * base ** (-np.arange(0, dim, 2) / dim)
     table = np.empty((context_length, dim), np.float32)
     table[:, 0::2] = np.sin(angles)
@@ -82,6 +83,7 @@ class RotaryEmbedding:
         interleaved: bool = False,
     ):
         check_sizes("RotaryEmbedding", dim=dim, context_length=context_length)
+        check_numbers("RotaryEmbedding", base=base, scale=scale)
         if dim % 2:
             raise ValueError(f"RotaryEmbedding: dim is {dim}; expected an even number")
         if not (0 < scale < math.inf and 0 < base < math.inf):
@@ -130,6 +132,7 @@ class Yarn:
 
     def __init__(self, factor: float, original: int, fast: float = 32.0, slow: float = 1.0):
         check_sizes("Yarn", original=original)
+        check_numbers("Yarn", factor=factor, fast=fast, slow=slow)
         if not 1 <= factor < math.inf or not math.inf > fast > slow > 0:
             raise ValueError(
                 f"Yarn: factor {factor}, fast {fast}, slow {slow}; expected finite numbers, "
@@ -158,16 +161,20 @@ class Yarn:
 # --- layouts --------------------------------------------------------------------------------------
 
 
-def interleaved_from_halves(weight: np.ndarray, head_dim: int) -> np.ndarray:
+def interleaved_from_halves(weight: Tensor | ArrayLike, head_dim: int) -> np.ndarray:
     """Rows of q's or k's weight, or elements of its bias, reordered: a RotaryEmbedding with
     interleaved=True then gives the scores that one without gave before.
     (H head_dim, ...) -> the same shape
+
+    An array, of a Tensor's data too: write layer.weight.data[:] = interleaved_from_halves(...).
     """
+    weight = Tensor(weight).data
     return _reordered(weight, (2, _half(weight, head_dim)))
 
 
-def halves_from_interleaved(weight: np.ndarray, head_dim: int) -> np.ndarray:
+def halves_from_interleaved(weight: Tensor | ArrayLike, head_dim: int) -> np.ndarray:
     """The way back."""
+    weight = Tensor(weight).data
     return _reordered(weight, (_half(weight, head_dim), 2))
 
 

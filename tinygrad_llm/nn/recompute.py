@@ -35,7 +35,7 @@ def recompute(function: Callable, *inputs, generator: random.Generator | None = 
     """
     if not is_grad_enabled():
         return function(*inputs)
-    call = _Call(function, inputs, generator or random.default_generator)
+    call = _Call(function, inputs, random.or_default(generator))
     mark = Tensor(0)
     y = function(*_cut_off(inputs))
     if not isinstance(y, Tensor):

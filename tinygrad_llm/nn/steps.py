@@ -5,13 +5,16 @@
     SelfAttentionV2             the same by Linear layers, whose start is smaller
     CausalAttention             no token sees a later one; dropout
     MultiHeadAttentionWrapper   several of those side by side
+    MultiHeadAttention          the same by splitting: one matrix makes the queries of all heads
 
-and nn.MultiHeadAttention does all heads at once. Each is written out with softmax and products, and
-draws its first weights in this order, so that a seed gives the numbers printed in the book that
-they follow: Raschka, "Build a Large Language Model (From Scratch)", 2024, chapter 3.
+Each is written out with softmax and products, and draws its first weights in this order, so that a
+seed gives the numbers printed in the book that they follow: Raschka, "Build a Large Language Model
+(From Scratch)", 2024, chapter 3. nn.MultiHeadAttention is the last one as a model uses it: with one
+matrix for queries, keys and values, and one op for all that is between them and out_proj.
 
-Letters in the shapes: T tokens in a sequence, d_in and d_out channels; ... is nothing for one
-sequence, B for a batch of them. `k.mT` is k with its last two axes exchanged: kᵀ in each sequence.
+Letters in the shapes: T tokens in a sequence, d_in and d_out channels, H heads of D = d_out / H;
+... is nothing for one sequence, B for a batch of them. `k.mT` is k with its last two axes
+exchanged: kᵀ in each sequence.
 """
 
 import math
@@ -19,11 +22,10 @@ import math
 import numpy as np
 
 from .. import functional as F  # noqa: N812 (PyTorch's name for it)
-from .. import random
-from ..random import Generator
+from ..random import Generator, or_default
 from ..tensor import Tensor
 from .attention import check_tokens
-from .layers import Dropout, Linear, check_sizes
+from .layers import Dropout, Linear, check_divides, check_sizes
 from .module import Module, ModuleList, Parameter
 
 
@@ -46,7 +48,7 @@ class SelfAttentionV1(Module):
 
     def __init__(self, d_in: int, d_out: int, generator: Generator | None = None):
         check_sizes("SelfAttentionV1", d_in=d_in, d_out=d_out)
-        generator = generator or random.default_generator
+        generator = or_default(generator)
         self.W_query, self.W_key, self.W_value = (
             Parameter(generator.uniform(0.0, 1.0, (d_in, d_out))) for _ in range(3)
         )
@@ -103,9 +105,9 @@ class CausalAttention(Module):
     def forward(self, x: Tensor) -> Tensor:
         T = check_tokens("CausalAttention", x, len(self.later))
         q, k, v = self.W_query(x), self.W_key(x), self.W_value(x)  # 3 of (..., T, d_out)
-        scores = q @ k.mT  # (..., T, T)
+        scores = q @ k.mT / math.sqrt(k.shape[-1])  # (..., T, T)
         scores = F.where(self.later[:T, :T], -math.inf, scores)
-        weights = self.dropout(F.softmax(scores / math.sqrt(k.shape[-1])))
+        weights = self.dropout(F.softmax(scores))
         return weights @ v  # (..., T, d_out)
 
 
@@ -132,7 +134,52 @@ class MultiHeadAttentionWrapper(Module):
         return F.concat([head(x) for head in self.heads], axis=-1)
 
 
+class MultiHeadAttention(Module):
+    """All heads at once: queries, keys and values of d_out channels, the first D of them head 0's.
+    (..., T, d_in) -> (..., T, d_out)
+
+    At the end, out_proj mixes the heads. Raises ValueError if n_heads does not divide d_out.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        context_length: int,
+        n_heads: int,
+        dropout: float = 0.0,
+        qkv_bias: bool = False,
+        generator: Generator | None = None,
+    ):
+        sizes = {"context_length": context_length, "n_heads": n_heads, "d_out": d_out}
+        check_sizes("MultiHeadAttention", **sizes)
+        check_divides("MultiHeadAttention", n_heads=n_heads, d_out=d_out)
+        self.W_query, self.W_key, self.W_value = (
+            Linear(d_in, d_out, bias=qkv_bias, generator=generator) for _ in range(3)
+        )
+        self.out_proj = Linear(d_out, d_out, generator=generator)
+        self.dropout = Dropout(dropout, generator)
+        self.later = np.triu(np.ones((context_length, context_length), bool), k=1)
+        self.n_heads = n_heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        T = check_tokens("MultiHeadAttention", x, len(self.later))
+        q, k, v = self.W_query(x), self.W_key(x), self.W_value(x)  # 3 of (..., T, d_out)
+        q, k, v = (self._split(y) for y in (q, k, v))  # 3 of (..., H, T, D)
+        scores = q @ k.mT / math.sqrt(k.shape[-1])  # (..., H, T, T)
+        scores = F.where(self.later[:T, :T], -math.inf, scores)
+        weights = self.dropout(F.softmax(scores))
+        heads = weights @ v  # (..., H, T, D)
+        return self.out_proj(heads.transpose(-3, -2).flatten(-2))  # (..., T, d_out)
+
+    def _split(self, y):
+        """(..., T, d_out) -> (..., H, T, D)"""
+        y = y.reshape(*y.shape[:-1], self.n_heads, -1)  # (..., T, H, D)
+        return y.transpose(-3, -2)
+
+
 # --- three ways to hide what comes later, with the same weights ---------------------------------
+# Scores may be integers, too: 1.0 * scores are floats, of the same dtype if they were floats.
 
 
 def causal_weights_by_renormalising(scores: Tensor) -> Tensor:
@@ -140,7 +187,7 @@ def causal_weights_by_renormalising(scores: Tensor) -> Tensor:
 
     For scores so far apart that what remains of a row has vanished, it divides by 0.
     """
-    weights = F.softmax(scores).tril()
+    weights = F.softmax(1.0 * scores).tril()
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
@@ -154,5 +201,6 @@ def causal_weights_by_filling(scores: Tensor) -> Tensor:
 
 def causal_weights_by_adding(scores: Tensor) -> Tensor:
     """A bias of 0 and -∞ is added, as attention kernels take it.  (T, T) -> (T, T)"""
+    scores = 1.0 * scores
     bias = np.where(np.triu(np.ones(scores.shape, bool), k=1), -math.inf, 0.0)
     return F.softmax(scores + Tensor(bias.astype(scores.dtype)))

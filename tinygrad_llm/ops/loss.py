@@ -6,7 +6,7 @@ import math
 
 from . import op
 
-_TINY = math.exp(-100)  # log never goes below -100, as in PyTorch
+_TINY = 1e-45  # in float32 the smallest number above 0: its log is below -100, and finite
 
 
 @op("(n,v),(n)->()", fixed="x t", t="index v", examples=[{}, {"ignore_index": -1}])
@@ -35,12 +35,13 @@ class cross_entropy:
 class binary_cross_entropy:
     """y = -1/n Σ_i t_i log p_i + (1 - t_i) log(1 - p_i)
 
+    log never goes below -100, as in PyTorch.
     d/dp: -(t/p - (1 - t)/(1 - p)) = (p - t) / (p (1 - p)), and never divided by 0:
     p̄ = (g / n) ⊙ (p - t) / max(p ⊙ (1 - p), 1e-12)"""
 
     def forward(xp, p, t):
-        log_p = xp.log(xp.maximum(p, _TINY))
-        log_q = xp.log(xp.maximum(1 - p, _TINY))
+        log_p = xp.maximum(xp.log(xp.maximum(p, _TINY)), -100.0)
+        log_q = xp.maximum(xp.log(xp.maximum(1 - p, _TINY)), -100.0)
         return -xp.mean(t * log_p + (1 - t) * log_q)
 
     def vjp(xp, g, y, p, t):

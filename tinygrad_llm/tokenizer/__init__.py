@@ -6,7 +6,7 @@ All have one interface, `Tokenizer`:
     encode(text)                text to ids; allowed_special says which special tokens count
     encode_ordinary(text)       the same with nothing special
     decode(ids)                 ids to text
-    vocab_size                  how many ids there are
+    vocab_size                  one more than the last id
     special_tokens              their ids by name
     token_to_id(token)          the id of one token
     add_tokens(names)           more special tokens, with ids after the last

@@ -1,7 +1,7 @@
 """What every tokenizer here can do, and how all of them treat special tokens and bad input."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from operator import index as as_int
 from pathlib import Path
 
@@ -20,13 +20,14 @@ class Tokenizer(ABC):
     special_tokens: the ids of texts that stand for one token and are never split or merged.
 
     A subclass says how it encodes text without special tokens (`_ordinary_ids`), where spaces go
-    between tokens (`_spaced`), which ordinary tokens it has (`_ordinary_id`), and what its files
-    hold.
+    between tokens (`_spaced`), which ordinary tokens it has (`_ordinary_id`, and `_set_tokens` for
+    their ids), and what its files hold. The ids of a vocabulary made by hand may leave some out; in
+    a file, a hole is damage, so `save` refuses them.
     """
 
     word_end = WORD_END  # where a text may be cut in two without changing its ids
     special_tokens: dict[str, int]
-    _tokens: dict[int, bytes]  # id -> what it decodes to, of special tokens, too
+    _tokens: dict[int, bytes]  # id -> what it decodes to, of special tokens, too; the last id last
 
     @classmethod
     @abstractmethod
@@ -37,7 +38,8 @@ class Tokenizer(ABC):
     def save(self, directory: str | Path) -> None:
         """Write files that Hugging Face's `tokenizers` and `transformers` open, too.
 
-        Makes the directory if needed and replaces each file as a whole. Raises OSError if it
+        Makes the directory if needed and replaces each file as a whole. Raises ValueError unless
+        each id from 0 to the last is a token's, so that a damaged file can be told; OSError if it
         cannot write.
         """
 
@@ -49,10 +51,37 @@ class Tokenizer(ABC):
     def _ordinary_id(self, token: str | bytes) -> int | None:
         """The id of an ordinary token, or None if there is no such token."""
 
+    def _set_tokens(
+        self, ordinary: Mapping[str | bytes, int], special_tokens: Mapping[str, int]
+    ) -> None:
+        """Keep the special tokens, and what each id decodes to.
+
+        Raises TypeError for a token of another type, ValueError unless each has an id of its own.
+        """
+        check_names(special_tokens)
+        for name in special_tokens.keys() & ordinary.keys():
+            raise ValueError(f"special token {name!r} looks like an ordinary one: choose another")
+        used = set()
+        for token, token_id in [*ordinary.items(), *special_tokens.items()]:
+            if type(token_id) is not int or token_id < 0 or token_id in used:
+                raise ValueError(
+                    f"token {token!r} has the id {token_id!r}: expected a different whole number "
+                    "from 0 on for each token"
+                )
+            used.add(token_id)
+        self.special_tokens = dict(special_tokens)
+        tokens = {i: self._bytes_of(token) for token, i in ordinary.items()}
+        tokens |= {i: name.encode() for name, i in special_tokens.items()}
+        self._tokens = dict(sorted(tokens.items()))
+
+    def _bytes_of(self, token: str | bytes) -> bytes:
+        """What an ordinary token decodes to. Raises TypeError or ValueError if it is no token."""
+        return check_text(token).encode()
+
     @property
     def vocab_size(self) -> int:
-        """One more than the last id: the rows that an embedding needs."""
-        return len(self._tokens)
+        """One more than the last id: the rows that an embedding needs. Ids may leave some out."""
+        return next(reversed(self._tokens)) + 1
 
     @property
     def end_of_text(self) -> int:
@@ -240,13 +269,24 @@ class Tokenizer(ABC):
 
 
 def check_names(special_tokens: Iterable[str]) -> list[str]:
-    """The special tokens as a list. Raises TypeError for one text, ValueError for bad ones."""
+    """The special tokens as a list. Raises TypeError for no list, ValueError for bad names."""
     if isinstance(special_tokens, str):
-        raise TypeError(f"special_tokens must be a list of texts: write [{special_tokens!r}]")
+        raise TypeError(f"special tokens must be a list of texts: write [{special_tokens!r}]")
+    if not isinstance(special_tokens, Iterable):
+        raise TypeError(
+            f"special tokens must be a list of texts, got {type(special_tokens).__name__}: "
+            "for none, write []"
+        )
     names = list(special_tokens)
     if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
         raise ValueError(f"special tokens must be different texts, none of them empty, got {names}")
     return [check_text(name) for name in names]
+
+
+def check_unknown(special_tokens: Iterable[str], unknown: str) -> None:
+    """Raises ValueError unless the token that stands for unknown text is among the special ones."""
+    if unknown not in special_tokens:
+        raise ValueError(f"special_tokens must have {unknown!r}, got {list(special_tokens)}")
 
 
 def check_text(text: str) -> str:
@@ -271,9 +311,13 @@ def as_text(token: str | bytes) -> str:
 
 def check_vocab_size(vocab_size: int, smallest: int, why: str) -> int:
     """The vocab_size as an int. Raises TypeError if it is none, ValueError if it is too small."""
-    if as_int(vocab_size) < smallest:
-        raise ValueError(f"vocab_size must be at least {smallest} ({why}), got {vocab_size}")
-    return as_int(vocab_size)
+    try:
+        size = as_int(vocab_size)
+    except TypeError:
+        raise TypeError(f"vocab_size must be an integer, got {vocab_size!r}") from None
+    if size < smallest:
+        raise ValueError(f"vocab_size must be at least {smallest} ({why}), got {size}")
+    return size
 
 
 def split_at(special_tokens: Iterable[str], text: str) -> Iterator[tuple[str, bool]]:

@@ -6,7 +6,7 @@ into longer tokens. Every byte is a token of its own, so nothing is ever unknown
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,9 @@ from tinygrad_llm.tokenizer.base import (
 )
 from tinygrad_llm.tokenizer.bpe_files import (
     byte_to_printable,
-    printable,
+    check_bytes,
+    check_merges,
+    printable_to_byte,
     read_directory,
     read_vocab_and_merges,
     write_directory,
@@ -55,14 +57,19 @@ class BPETokenizer(Tokenizer):
     """
 
     def __init__(
-        self, merges: list[Pair], token_ids: dict[bytes, int], special_tokens: dict[str, int]
+        self,
+        merges: Iterable[Pair],
+        token_ids: Mapping[bytes, int],
+        special_tokens: Mapping[str, int],
     ):
+        """Raises ValueError for what does not fit together, TypeError for a token not in bytes."""
         self.merges = list(merges)
         self.token_ids = dict(token_ids)
-        self.special_tokens = dict(special_tokens)
+        self._set_tokens(token_ids, special_tokens)
+        check_bytes(token_ids)
+        check_merges(self.merges, token_ids)
+        _check_spelling(special_tokens, token_ids)
         self._ranks = {pair: rank for rank, pair in enumerate(self.merges)}
-        self._tokens = {i: token for token, i in self.token_ids.items()}
-        self._tokens |= {i: name.encode() for name, i in self.special_tokens.items()}
         self._word_ids = WordIds(self._merge_word)
 
     @classmethod
@@ -99,7 +106,6 @@ class BPETokenizer(Tokenizer):
 
         tokens = SINGLE_BYTES + [left + right for left, right in merges]
         token_ids = {token: i for i, token in enumerate(tokens)}
-        _check_spelling(special_tokens, tokens)
         special_ids = {name: len(tokens) + i for i, name in enumerate(special_tokens)}
         return cls(merges, token_ids, special_ids)
 
@@ -129,8 +135,8 @@ class BPETokenizer(Tokenizer):
     def save(self, directory: str | Path) -> None:
         """Write the files of Hugging Face: vocab.json, merges.txt, tokenizer.json and its config.
 
-        Makes the directory if needed and replaces each file as a whole. Raises OSError if it
-        cannot write.
+        Makes the directory if needed and replaces each file as a whole. Raises ValueError if ids
+        are left out, OSError if it cannot write.
         """
         write_directory(Path(directory), (self.merges, self.token_ids, self.special_tokens))
 
@@ -181,6 +187,11 @@ class BPETokenizer(Tokenizer):
             special_tokens=dict(self.special_tokens),
         )
 
+    def _bytes_of(self, token: bytes) -> bytes:
+        if not isinstance(token, bytes):
+            raise TypeError(f"tokens must be bytes, got {token!r}: encode text first")
+        return token
+
     def _check_new(self, name: str) -> None:
         super()._check_new(name)
         _check_spelling([name], self.token_ids)
@@ -225,10 +236,12 @@ class BPETokenizer(Tokenizer):
             return None
 
 
-def _check_spelling(special_tokens: Iterable[str], tokens: Iterable[bytes]) -> None:
+def _check_spelling(special_tokens: Iterable[str], tokens: Collection[bytes]) -> None:
     """In vocab.json, a special token and an ordinary one must not look the same."""
-    for name in {printable(token) for token in tokens} & set(special_tokens):
-        raise ValueError(f"special token {name!r} looks like an ordinary one: choose another")
+    table = printable_to_byte()
+    for name in special_tokens:
+        if table.keys() >= set(name) and bytes(map(table.get, name)) in tokens:
+            raise ValueError(f"special token {name!r} looks like an ordinary one: choose another")
 
 
 def _words_are_alike(text: str) -> bool:

@@ -4,7 +4,7 @@ vocab.json maps each token to its id, merges.txt has one merge a line in the ord
 are text, so each byte is written as one printable character: a space is 'Ġ', a newline 'Ċ'.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from tinygrad_llm.tokenizer.bpe_train import Pair
 from tinygrad_llm.tokenizer.files import (
     CONFIG,
     TOKENIZER,
-    by_id,
+    all_by_id,
     check_directory,
     check_ids,
+    named,
     read_json,
     read_special_tokens,
     read_text,
@@ -63,7 +64,8 @@ FILES = ("vocab.json", "merges.txt", TOKENIZER, CONFIG)
 def write_directory(directory: Path, vocabulary: Vocabulary) -> None:
     """Write vocab.json, merges.txt, tokenizer.json and tokenizer_config.json."""
     merges, token_ids, special_tokens = vocabulary
-    vocab = by_id({printable(token): i for token, i in token_ids.items()} | special_tokens)
+    spelled = {printable(token): i for token, i in token_ids.items()}
+    vocab = all_by_id(spelled | special_tokens, directory)
     pairs = [[printable(left), printable(right)] for left, right in merges]
     byte_level = {
         "type": "ByteLevel",
@@ -190,43 +192,49 @@ def _checked(
     special_ids = {name: vocab[name] for name in special_tokens if name in vocab}
     ordinary = [name for name in vocab if name not in special_ids]
     token_ids = {_spelled(name, vocab_file): vocab[name] for name in ordinary}
+    with named(vocab_file):
+        check_bytes(token_ids)
+    pairs = [tuple(_spelled(part, merges_file) for part in merge) for merge in merges]
+    with named(merges_file):
+        check_merges(pairs, token_ids)
+    return pairs, token_ids, special_ids
+
+
+def check_bytes(token_ids: Mapping[bytes, int]) -> None:
+    """Raises ValueError unless each byte is a token: then there is no unknown text."""
     missing = [byte for byte in range(256) if bytes([byte]) not in token_ids]
     if missing:
-        raise ValueError(
-            f"{vocab_file}: {len(missing)} of 256 bytes are missing: expected them all"
-        )
-    return _checked_merges(merges, token_ids, merges_file), token_ids, special_ids
+        raise ValueError(f"{len(missing)} of 256 bytes are missing: expected them all")
 
 
-def _checked_merges(merges: list[list[str]], token_ids: dict[bytes, int], file: Path) -> list[Pair]:
-    """The merges in bytes: each joins tokens that exist by then, and makes one new token."""
-    pairs = []
+def check_merges(merges: Iterable[Pair], token_ids: Mapping[bytes, int]) -> None:
+    """Raises ValueError unless each merge joins tokens that exist by then, and makes a new one.
+
+    All tokens but the bytes are made by merges.
+    """
     made = {bytes([byte]) for byte in range(256)}
     for number, merge in enumerate(merges, start=1):
         if len(merge) != 2:
-            raise ValueError(f"{file}: merge {number} is {' '.join(merge)!r}: expected two tokens")
-        left, right = (_spelled(part, file) for part in merge)
-        for part in (left, right):
+            raise ValueError(f"merge {number} is {merge!r}: expected two tokens")
+        for part in merge:
             if part not in made:
                 raise ValueError(
-                    f"{file}: merge {number} uses {printable(part)!r}: "
-                    "expected a byte or what an earlier merge makes"
+                    f"merge {number} uses {part!r}: expected a byte or what an earlier merge makes"
                 )
+        left, right = merge
         token = left + right
         if token not in token_ids or token in made:
             raise ValueError(
-                f"{file}: merge {number} makes {printable(token)!r}: "
+                f"merge {number} makes {token!r}: "
                 "expected a token of the vocabulary that no earlier merge makes"
             )
         made.add(token)
-        pairs.append((left, right))
     if len(made) < len(token_ids):
         without = [token for token in token_ids if token not in made]
         raise ValueError(
-            f"{file}: no merge makes {len(without)} tokens, such as {printable(without[0])!r}: "
+            f"no merge makes {len(without)} tokens, such as {without[0]!r}: "
             "expected one for each token that is no byte and no special token"
         )
-    return pairs
 
 
 def _spelled(name: str, file: Path) -> bytes:

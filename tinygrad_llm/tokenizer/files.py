@@ -1,7 +1,8 @@
 """Hugging Face's tokenizer.json and tokenizer_config.json: what all tokenizers have in common."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,15 @@ def write_tokenizer(
 def by_id(vocab: Mapping[str, int]) -> dict[str, int]:
     """The same tokens, in the order of their ids."""
     return dict(sorted(vocab.items(), key=lambda item: item[1]))
+
+
+def all_by_id(vocab: Mapping[str, int], directory: Path) -> dict[str, int]:
+    """A whole vocabulary in the order of its ids, to be saved in this folder.
+
+    Raises ValueError if ids are left out: in a file, this means that tokens were lost.
+    """
+    check_ids(vocab, directory / TOKENIZER)
+    return by_id(vocab)
 
 
 def _added_token(name: str, token_id: int) -> dict[str, Any]:
@@ -107,6 +117,15 @@ def check_ids(vocab: Mapping[str, int], file: Path) -> None:
         raise ValueError(
             f"{file}: a token has half a surrogate pair: expected whole characters"
         ) from None
+
+
+@contextmanager
+def named(file: Path) -> Iterator[None]:
+    """Errors about what a file holds say which file it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def check_directory(path: Path) -> None:

@@ -8,8 +8,16 @@ from pathlib import Path
 import tiktoken
 
 from tinygrad_llm.tokenizer.base import Tokenizer
-from tinygrad_llm.tokenizer.bpe import BPETokenizer
+from tinygrad_llm.tokenizer.bpe import WORD, BPETokenizer
 from tinygrad_llm.tokenizer.bpe_train import Pair
+
+# GPT-2's words as we write them, and as tiktoken does, before version 0.8 and since then: it is
+# faster where a run is never given back ("++").
+GPT2_WORDS = {
+    WORD.pattern,
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+}
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -23,8 +31,11 @@ class TiktokenTokenizer(Tokenizer):
         self._token_ids = {
             token: encoding.encode_single_token(token) for token in encoding.token_byte_values()
         }
-        self._tokens = {i: token for token, i in self._token_ids.items()}
-        self._tokens |= {i: name.encode() for name, i in self.special_tokens.items()}
+        # Not `_set_tokens`: what tiktoken opens is its own affair, and some of its encodings have
+        # two names for one id.
+        tokens = {i: token for token, i in self._token_ids.items()}
+        tokens |= {i: name.encode() for name, i in self.special_tokens.items()}
+        self._tokens = dict(sorted(tokens.items()))
 
     @classmethod
     def load(cls, directory: str | Path) -> "TiktokenTokenizer":
@@ -36,7 +47,17 @@ class TiktokenTokenizer(Tokenizer):
         return cls(BPETokenizer.load(directory).to_tiktoken())
 
     def save(self, directory: str | Path) -> None:
-        """Write the files of BPETokenizer.save. Raises as `to_bpe` does, or OSError."""
+        """Write the files of BPETokenizer.save.
+
+        They have no place for a pattern: raises ValueError for an encoding whose words are not
+        GPT-2's, such as cl100k_base, because it would be opened with other ids. Otherwise raises as
+        `to_bpe` and BPETokenizer.save do.
+        """
+        if self.encoding._pat_str not in GPT2_WORDS:
+            raise ValueError(
+                f"the encoding {self.encoding.name!r} cuts text into other words than GPT-2, which "
+                "these files cannot say: save one with GPT-2's pattern"
+            )
         self.to_bpe().save(directory)
 
     def to_bpe(self) -> BPETokenizer:
@@ -46,11 +67,6 @@ class TiktokenTokenizer(Tokenizer):
         of an encoding with other words, such as cl100k_base, it may give other ids.
         """
         return BPETokenizer(merges_of(self._token_ids), self._token_ids, self.special_tokens)
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the last id: cl100k_base, for one, leaves some ids out."""
-        return max(self.encoding.n_vocab, 1 + max(self.special_tokens.values(), default=0))
 
     def _ordinary_ids(self, text: str) -> list[int]:
         return self.encoding.encode_ordinary(text)

@@ -8,9 +8,11 @@ Kudo, "Subword Regularization", 2018, section 3; Kudo and Richardson, "SentenceP
 """
 
 import math
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import regex
 
@@ -20,13 +22,15 @@ from tinygrad_llm.tokenizer.base import (
     WordIds,
     as_text,
     check_names,
+    check_unknown,
     check_vocab_size,
     ordinary_pieces,
 )
 from tinygrad_llm.tokenizer.files import (
-    by_id,
+    all_by_id,
     check_ids,
     check_parts,
+    named,
     read_special_tokens,
     read_tokenizer,
     write_tokenizer,
@@ -234,16 +238,14 @@ class UnigramTokenizer(Tokenizer):
     ):
         """token_ids: the id of each piece. Raises ValueError for what does not fit together."""
         _check(pieces, token_ids, special_tokens, byte_fallback)
-        self.pieces = dict(pieces)
+        self.pieces = pieces = {x: float(p) for x, p in pieces.items()}
         self.token_ids = dict(token_ids)
-        self.special_tokens = dict(special_tokens)
         self.byte_fallback, self.prefix_space = byte_fallback, prefix_space
+        self._set_tokens(token_ids, special_tokens)
         # Pieces for bytes are not for text that spells them out: "<0x41>" is six characters.
         self._log_probs = {x: p for x, p in pieces.items() if not byte_fallback or x not in BYTES}
         self._longest = max(map(len, self._log_probs))
         self._unknown = min(min(pieces.values()), 0.0) - UNKNOWN_PENALTY  # 0.0 is that of <unk>
-        self._tokens = {i: self._bytes_of(piece) for piece, i in token_ids.items()}
-        self._tokens |= {i: name.encode() for name, i in special_tokens.items()}
         self._chunk_ids = WordIds(self._viterbi)
 
     @classmethod
@@ -267,6 +269,7 @@ class UnigramTokenizer(Tokenizer):
         told apart or lack "<unk>".
         """
         special_tokens = check_names(special_tokens)
+        check_unknown(special_tokens, UNKNOWN)
         fixed = special_tokens + (BYTES if byte_fallback else [])
         counts = Counter()
         for piece in ordinary_pieces(special_tokens, text):
@@ -307,26 +310,20 @@ class UnigramTokenizer(Tokenizer):
         if not isinstance(byte_fallback, bool):
             raise ValueError(f"{path}: expected byte_fallback to be true or false")
         ordinary = {x: p for x, p in pieces.items() if x not in special_tokens}
-        try:
-            return cls(
-                ordinary,
-                {x: token_ids[x] for x in ordinary},
-                special_tokens,
-                byte_fallback,
-                scheme == "always",
-            )
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        ordinary_ids = {x: token_ids[x] for x in ordinary}
+        with named(path):
+            return cls(ordinary, ordinary_ids, special_tokens, byte_fallback, scheme == "always")
 
     def save(self, directory: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json. Raises OSError if it cannot write.
+        """Write tokenizer.json and tokenizer_config.json.
 
         Hugging Face gets the same ids, except for a text that spells a byte's piece, "<0x41>".
+        Raises ValueError if ids are left out, OSError if it cannot write.
         """
         # The ids of the file's vocab are places in a list; what was added later stands beside it.
-        named = by_id(self.token_ids | self.special_tokens)
+        tokens = all_by_id(self.token_ids | self.special_tokens, Path(directory))
         n_listed = max(max(self.token_ids.values()), self.special_tokens[UNKNOWN]) + 1
-        vocab = [[name, self.pieces.get(name, 0.0)] for name in named][:n_listed]
+        vocab = [[name, self.pieces.get(name, 0.0)] for name in tokens][:n_listed]
         unk_id = self.special_tokens[UNKNOWN]
         space = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
         strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
@@ -363,7 +360,7 @@ class UnigramTokenizer(Tokenizer):
     def _viterbi(self, chunk: str) -> list[int]:
         """The likeliest spelling; neighbouring characters that no piece has are one unknown."""
         unknown = dict.fromkeys(set(chunk) - self._log_probs.keys(), self._unknown)
-        log_probs = self._log_probs | unknown if unknown else self._log_probs
+        log_probs = ChainMap(self._log_probs, unknown) if unknown else self._log_probs
         path, _ = Lattice(chunk, log_probs, self._longest).best()
         ids = []
         run = ""  # of unknown characters
@@ -384,7 +381,7 @@ class UnigramTokenizer(Tokenizer):
     def _bytes_of(self, piece: str) -> bytes:
         if self.byte_fallback and piece in BYTES:
             return bytes([BYTES.index(piece)])
-        return piece.replace(SPACE, " ").encode()
+        return super()._bytes_of(piece).replace(SPACE.encode(), b" ")
 
     def _ordinary_id(self, token: str | bytes) -> int | None:
         return self.token_ids.get(as_text(token).replace(" ", SPACE))
@@ -404,15 +401,24 @@ def _check(
     special_tokens: Mapping[str, int],
     byte_fallback: bool,
 ) -> None:
-    if UNKNOWN not in special_tokens:
-        raise ValueError(f"special_tokens must have {UNKNOWN!r}, got {list(special_tokens)}")
+    check_unknown(special_tokens, UNKNOWN)
     if pieces.keys() != token_ids.keys():
         raise ValueError("expected an id for each piece and a log probability for each id")
+    for piece, log_prob in pieces.items():
+        if not piece or not _is_log_prob(log_prob):
+            raise ValueError(
+                f"piece {piece!r} has the log probability {log_prob!r}: expected a text that is "
+                "not empty, and a finite number"
+            )
     missing = [name for name in BYTES if name not in pieces] if byte_fallback else []
     if missing:
         raise ValueError(f"byte_fallback needs a piece for each of 256 bytes: no {missing[0]!r}")
     if not pieces.keys() - set(BYTES if byte_fallback else []):
         raise ValueError("expected at least one piece that is no byte")
+
+
+def _is_log_prob(value: Any) -> bool:
+    return isinstance(value, Real) and abs(value) < LARGEST
 
 
 def _metaspace(prefix_space: bool) -> dict:
@@ -435,7 +441,7 @@ def _read_pieces(model: dict, path: Path) -> dict[str, float]:
         not isinstance(vocab, list)
         or not 0 < len(pieces) == len(vocab)
         or not all(isinstance(piece, str) and piece for piece in pieces)
-        or not all(isinstance(p, int | float) and abs(p) < LARGEST for p in pieces.values())
+        or not all(map(_is_log_prob, pieces.values()))
     ):
         raise ValueError(
             f"{path}: expected a vocab of different pieces, each with its log probability"

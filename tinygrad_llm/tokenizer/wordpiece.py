@@ -21,13 +21,15 @@ from tinygrad_llm.tokenizer.base import (
     WordIds,
     as_text,
     check_names,
+    check_unknown,
     check_vocab_size,
     ordinary_pieces,
 )
 from tinygrad_llm.tokenizer.bpe_train import PairCounter
 from tinygrad_llm.tokenizer.files import (
-    by_id,
+    all_by_id,
     check_parts,
+    named,
     read_tokenizer,
     read_vocab,
     write_tokenizer,
@@ -161,14 +163,11 @@ class WordPieceTokenizer(Tokenizer):
     def __init__(
         self, vocab: Mapping[str, int], special_tokens: Mapping[str, int], lowercase: bool = True
     ):
-        if UNKNOWN not in special_tokens:
-            raise ValueError(f"special_tokens must have {UNKNOWN!r}, got {list(special_tokens)}")
+        check_unknown(special_tokens, UNKNOWN)
         self.vocab = dict(vocab)
-        self.special_tokens = dict(special_tokens)
         self.lowercase = lowercase
         self._word_ids = WordIds(self._match)
-        named = self.vocab | self.special_tokens
-        self._tokens = {i: piece.encode() for piece, i in named.items()}
+        self._set_tokens(vocab, special_tokens)
 
     @classmethod
     def train(
@@ -191,6 +190,7 @@ class WordPieceTokenizer(Tokenizer):
         hold all characters, or special tokens that cannot be told apart.
         """
         special_tokens = check_names(special_tokens)
+        check_unknown(special_tokens, UNKNOWN)
         counts = Counter()
         for piece in ordinary_pieces(special_tokens, text):
             counts.update(split_words(piece, lowercase))
@@ -203,8 +203,6 @@ class WordPieceTokenizer(Tokenizer):
         why = f"{len(special_tokens)} special tokens and {len(characters)} characters of words"
         room = check_vocab_size(vocab_size, smallest, why) - len(special_tokens)
         pieces = learn_pieces(counts, room, min_frequency, progress)
-        for name in set(pieces) & set(special_tokens):
-            raise ValueError(f"special token {name!r} looks like an ordinary one: choose another")
         special_ids = {name: i for i, name in enumerate(special_tokens)}
         vocab = {piece: i for i, piece in enumerate(pieces, start=len(special_ids))}
         return cls(vocab, special_ids, lowercase)
@@ -222,19 +220,21 @@ class WordPieceTokenizer(Tokenizer):
         check_parts(content, path, expected, "as BERT's")
         check_parts(content["model"], path, MODEL.items(), "as BERT's")
         vocab, special_tokens = read_vocab(content, path)
-        try:
+        with named(path):
             return cls(vocab, special_tokens, lowercase)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
 
     def save(self, directory: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json. Raises OSError if it cannot write."""
+        """Write tokenizer.json and tokenizer_config.json.
+
+        Raises ValueError if ids are left out, OSError if it cannot write.
+        """
+        vocab = all_by_id(self.vocab | self.special_tokens, Path(directory))
         names = {"pad", "unk", "cls", "sep", "mask"}
         config = {f"{name}_token": f"[{name.upper()}]" for name in sorted(names)}
         config = {key: name for key, name in config.items() if name in self.special_tokens}
         write_tokenizer(
             Path(directory),
-            model={**MODEL, "vocab": by_id(self.vocab | self.special_tokens)},
+            model={**MODEL, "vocab": vocab},
             special_tokens=self.special_tokens,
             config={"tokenizer_class": "PreTrainedTokenizerFast", **config},
             normalizer=_normalizer(self.lowercase),

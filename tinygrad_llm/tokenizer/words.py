@@ -13,14 +13,12 @@ from tinygrad_llm.tokenizer.base import (
     Tokenizer,
     as_text,
     check_names,
-    check_text,
     ordinary_pieces,
 )
 from tinygrad_llm.tokenizer.files import (
-    TOKENIZER,
-    by_id,
-    check_ids,
+    all_by_id,
     check_parts,
+    named,
     read_tokenizer,
     read_vocab,
     write_tokenizer,
@@ -86,7 +84,8 @@ class WordTokenizer(Tokenizer):
         Raises ValueError for an empty vocabulary, ids that are negative or not unique, and for
         tokens that are not in the vocabulary.
         """
-        _check_vocab(vocab)
+        if not vocab:
+            raise ValueError("the vocabulary is empty: expected at least one word")
         if special_tokens is None:
             special_tokens = [name for name in (END_OF_TEXT, unk_token) if name in vocab]
         special_tokens = check_names(special_tokens)
@@ -94,9 +93,8 @@ class WordTokenizer(Tokenizer):
             if name not in vocab:
                 raise ValueError(f"{name!r} is not in the vocabulary: add it, or leave it out")
         self.vocab = {word: i for word, i in vocab.items() if word not in special_tokens}
-        self.special_tokens = {name: vocab[name] for name in special_tokens}
         self.unk_token = unk_token
-        self._tokens = {i: word.encode() for word, i in vocab.items()}
+        self._set_tokens(self.vocab, {name: vocab[name] for name in special_tokens})
 
     @classmethod
     def train(
@@ -132,20 +130,17 @@ class WordTokenizer(Tokenizer):
             raise ValueError(f"{path}: expected the name of the model's unk_token")
         if unk_token == UNKNOWN and UNKNOWN not in vocab:
             unk_token = None  # as `save` writes it
-        try:
+        with named(path):
             return cls(vocab, unk_token, special_tokens)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
 
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which Hugging Face opens.
 
-        Its `decode` leaves the space before punctuation. Raises ValueError unless each id from 0 to
-        the last is a word's, so that a damaged file can be told; OSError if it cannot write.
+        Its `decode` leaves the space before punctuation. Raises ValueError if ids are left out,
+        OSError if it cannot write.
         """
         unknown = self.unk_token or UNKNOWN  # the file must name one; it need not exist
-        vocab = by_id(self.vocab | self.special_tokens)
-        check_ids(vocab, Path(directory) / TOKENIZER)
+        vocab = all_by_id(self.vocab | self.special_tokens, Path(directory))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": self.unk_token}
         config["eos_token"] = END_OF_TEXT if END_OF_TEXT in vocab else None
         write_tokenizer(
@@ -155,11 +150,6 @@ class WordTokenizer(Tokenizer):
             config=config,
             pre_tokenizer=PRE_TOKENIZER,
         )
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the last id; the words' own ids may leave some out."""
-        return max(self._tokens) + 1
 
     def encode(
         self,
@@ -195,13 +185,3 @@ class WordTokenizer(Tokenizer):
 
     def _ordinary_id(self, token: str | bytes) -> int | None:
         return self.vocab.get(as_text(token))
-
-
-def _check_vocab(vocab: Mapping[str, int]) -> None:
-    if not vocab:
-        raise ValueError("the vocabulary is empty: expected at least one word")
-    ids = list(vocab.values())
-    if not all(type(i) is int and i >= 0 for i in ids) or len(set(ids)) < len(ids):
-        raise ValueError("expected a different whole number from 0 on as the id of each word")
-    for word in vocab:
-        check_text(word)
