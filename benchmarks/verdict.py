@@ -74,10 +74,10 @@ def measure_run(
             seconds.append(clock() - start)
             step, tokens = step + 1, tokens + ids.size
             if step % EVAL_INTERVAL == 0:
-                losses = [mean_loss(model, loader) for loader in (train_loader, val_loader)]
-                log.append(dict(zip(COLUMNS, [epoch, step, tokens, *losses], strict=True)))
-                train, val = (f"{loss:.3f}" for loss in losses)
-                say(f"Ep {epoch} (Step {step:06}): Train loss {train}, Val loss {val}")
+                train, val = mean_loss(model, train_loader), mean_loss(model, val_loader)
+                say(f"Ep {epoch} (Step {step:06}): Train loss {train:.3f}, Val loss {val:.3f}")
+                at = {"epoch": epoch, "step": step, "tokens": tokens}
+                log.append({**at, "train_loss": train, "val_loss": val})
         ids = generate(model, prompt, 50, temperature=0)[0]
         samples.append(tokenizer.decode(ids).replace("\n", " "))
         say(samples[-1])
@@ -89,9 +89,6 @@ def measure_run(
         "seconds": clock() - started,
         "step_seconds": vars(Spread.of(seconds)),
     }
-
-
-COLUMNS = ("epoch", "step", "tokens", "train_loss", "val_loss")
 
 
 def mean_loss(model: GPT, loader: DataLoader, batches: int = EVAL_BATCHES) -> float:
