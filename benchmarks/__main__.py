@@ -1,7 +1,7 @@
 """The command line, from the repository's root:
 
-    python -m benchmarks ops | train | generate | shakespeare | tokenizer | load | gradcheck |
-                         kernels
+    python -m benchmarks ops | train | generate | shakespeare | verdict | tokenizer | load |
+                         gradcheck | kernels
 
 Each command sets the number of threads first and imports the rest afterwards: see machine.py.
 """
@@ -166,6 +166,31 @@ def shakespeare(
     settings = {"steps": steps, "seeds": seeds, "eval_batches": eval_batches}
     result = Result("shakespeare", settings, {"runs": runs}, [job.table(runs, steps)], [note])
     finish(result, description, save, results)
+
+
+@app.command()
+def verdict(
+    size: Annotated[Text, typer.Option(help="The model.")] = Text.gpt2,
+    epochs: Annotated[int, typer.Option(min=1, help="Times through the text.")] = 10,
+    threads: Threads = 2,
+    save: Save = False,
+    results: Results = RESULTS,
+):
+    """The book's run: GPT-2 124M on a short story. Exit code 1 if the losses are not low enough."""
+    description = prepare(threads, False, save, results)
+    from . import verdict as job
+
+    try:
+        tokenizer, text = job.read()
+    except (OSError, ValueError) as error:
+        fail(str(error))
+    clock = Method.for_threads(threads, rounds=1).clock
+    data = job.measure_run(tokenizer, text, size.value, epochs, clock, say)
+    settings = {"model": size.value, "epochs": epochs}
+    result = Result("verdict", settings, data, [job.table(data)], [job.note(data)])
+    finish(result, description, save, results)
+    if not data["reached"]:
+        fail("the losses are not as low as they should be", code=1)
 
 
 @app.command()

@@ -6,17 +6,21 @@ tokens and batches. The 124M model's logits and text are on docs/ch05.md, which 
 """
 
 import math
+import os
 from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from texts import verdict
 
 from tinygrad_llm import Tensor, grad, nn, no_grad, optim, random, tensor
 from tinygrad_llm import functional as F  # noqa: N812
-from tinygrad_llm.generate import generate
+from tinygrad_llm.data import create_dataloader
+from tinygrad_llm.generate import Sampler, generate, top_k
 from tinygrad_llm.gpt import GPT, GPTConfig
 from tinygrad_llm.nn import steps
+from tinygrad_llm.tokenizer import gpt2
 
 
 def printed(actual, expected, digits=4):
@@ -403,21 +407,88 @@ def test_dropout_rates_of_their_own():
         GPTConfig(drop_rate_attn=2)
 
 
-# --- chapter 6, of which the random stream is known already -------------------------------------
+# --- chapter 6 and appendix D: pretraining --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    """The 124M model with a context of 256, as it starts, without dropout."""
+    cfg = GPTConfig(context_length=256, tie_weights=False)
+    return GPT(cfg, random.Generator(123), init="torch").eval()
+
+
+def test_an_untrained_model_is_helpless(untrained):
+    inputs = np.array([[16833, 3626, 6100], [40, 1107, 588]])
+    targets = np.array([[3626, 6100, 345], [1107, 588, 11311]])
+    with no_grad():
+        logits = untrained(inputs)
+    p = F.softmax(logits).data
+    assert p.argmax(axis=-1).tolist() == [[16657, 339, 42826], [49906, 29669, 41751]]
+    p = np.take_along_axis(p, targets[..., None], axis=-1)[..., 0]
+    chances = [[7.4541e-05, 3.1061e-05, 1.1563e-05], [1.0337e-05, 5.6776e-05, 4.7559e-06]]
+    np.testing.assert_allclose(p, chances, rtol=5e-5)
+    printed(np.log(p), [[-9.5042, -10.3796, -11.3677], [-11.4798, -9.7764, -12.2561]])
+    loss = F.cross_entropy(logits, targets)
+    printed(loss, 10.7940)
+    assert math.exp(loss.item()) == pytest.approx(48725.82, abs=0.2)
+
+
+def test_an_untrained_models_losses_of_the_verdict(untrained):
+    text = verdict()
+    if not os.path.isdir(os.environ.get("TIKTOKEN_CACHE_DIR", "")):
+        pytest.skip("set TIKTOKEN_CACHE_DIR to the folder with GPT-2's vocabulary")
+    split = int(0.9 * len(text))
+    for part, drop_last, batches, expected in (
+        (text[:split], True, 9, 10.987583),
+        (text[split:], False, 1, 10.981106),
+    ):
+        tokens, own = gpt2().encode(part), random.Generator(123)
+        loader = create_dataloader(tokens, 2, 256, 256, drop_last, drop_last, generator=own)
+        with no_grad():
+            losses = [untrained.loss(ids, targets).item() for ids, targets in loader]
+        assert len(losses) == len(loader) == batches
+        assert np.mean(losses) == pytest.approx(expected, abs=2e-6)
+
+
+LOGITS = np.array([[4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]], np.float32)
 
 
 def test_a_thousand_draws_at_three_temperatures():
-    logits = np.array([4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79], np.float32)
     for temperature, expected in (
         (1.0, [73, 0, 0, 582, 2, 0, 0, 343, 0]),
         (0.1, [0, 0, 0, 985, 0, 0, 0, 15, 0]),
         (5.0, [165, 75, 42, 239, 71, 46, 32, 227, 103]),
     ):
-        p = np.exp(logits / temperature - (logits / temperature).max())
-        p /= p.sum()
-        generator = random.Generator(123)
-        drawn = [int(generator.multinomial(p)) for _ in range(1000)]
+        draw = Sampler(temperature, generator=random.Generator(123))
+        drawn = [int(draw(LOGITS, ids=None)[0]) for _ in range(1000)]
         assert np.bincount(drawn, minlength=9).tolist() == expected
+    pizza = F.softmax(tensor(LOGITS / 5)).data[0, 6]
+    printed(pizza, 0.0430)
+
+
+def test_the_three_likeliest():
+    p = F.softmax(tensor(top_k(LOGITS, 3)))
+    printed(p, [[0.0615, 0, 0, 0.5775, 0, 0, 0, 0.3610, 0]])
+
+
+def test_a_gradient_is_clipped_to_length_one():
+    w = tensor(np.zeros((2, 2), np.float32), requires_grad=True)
+    w.grad = tensor([[1.0, 2.0], [2.0, 4.0]])
+    assert optim.clip_grad_norm_([w], 1.0) == 5.0
+    printed(w.grad, [[0.2, 0.4], [0.4, 0.8]])
+
+
+def test_warm_up_and_cosine():
+    steps, warmup = 135, int(0.2 * 135)
+    for step, expected in (
+        (0, 0.0001),
+        (1, 0.000466667),
+        (warmup, 0.01),  # the peak itself, which a later repair of the book's code is about
+        (81, 0.005005),
+        (134, 1.2113e-05),
+    ):
+        lr = optim.warmup_cosine(step, steps, warmup, peak=0.01, initial=0.0001, minimum=0.00001)
+        assert lr == pytest.approx(expected, rel=2e-5)
 
 
 # --- errors in circulation, which must not come back ----------------------------------------------

@@ -22,6 +22,11 @@ from tinygrad_llm.tokenizer import BPETokenizer, TiktokenTokenizer  # noqa: E402
 needs_torch = pytest.mark.skipif(not machine.installed("torch"), reason="compares with PyTorch")
 
 
+NOWHERE = dict.fromkeys(
+    ["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"], "http://127.0.0.1:9"
+)
+
+
 def run(*arguments, **environment):
     return subprocess.run(
         [sys.executable, "-m", "benchmarks", *arguments],
@@ -133,6 +138,30 @@ def test_shakespeare_without_its_text(tmp_path):
         read(str(tmp_path))
 
 
+@pytest.mark.skipif(
+    not all(os.environ.get(name) for name in ("TINYGRAD_LLM_DATA", "TIKTOKEN_CACHE_DIR")),
+    reason="set TINYGRAD_LLM_DATA (the-verdict.txt) and TIKTOKEN_CACHE_DIR (gpt2)",
+)
+def test_verdict(tmp_path):
+    small = ["--size", "tiny", "--epochs", "1", "--threads", "1"]
+    done = run("verdict", *small, "--save", "--results", str(tmp_path))
+    assert done.returncode == 1  # a tiny model, once through the text, learns little
+    assert done.stderr.endswith("error: the losses are not as low as they should be\n")
+    results = saved(tmp_path, "verdict")
+    assert [(at["step"], at["tokens"]) for at in results["log"]] == [(0, 512), (5, 6 * 512)]
+    first, last = results["log"]
+    assert 10.5 < last["train_loss"] < first["train_loss"] < 11.5 and not results["reached"]
+    (sample,) = results["samples"]
+    assert sample.startswith("Every effort moves you") and results["step_seconds"]["median"] > 0
+
+
+def test_verdict_without_its_text(tmp_path):
+    names = ["TINYGRAD_LLM_DATA", "TIKTOKEN_CACHE_DIR", "XDG_CACHE_HOME"]
+    done = run("verdict", **NOWHERE, **dict.fromkeys(names, str(tmp_path)))
+    assert done.returncode == 2
+    assert "GPT-2" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_load_of_an_unknown_size():
     done = run("load", "--size", "gpt3")
     assert done.returncode == 2
@@ -147,11 +176,6 @@ def test_load(tmp_path, monkeypatch):
         assert all(found[name]["seconds"]["best"] > 0 for name in ("read", "load", "save"))
         assert found["ratio"]["median"] > 0 and found["peak memory over weights"]["load"] >= 1
     assert "the target is 1.5" in note and "the target is 1.3" in note
-
-
-NOWHERE = dict.fromkeys(
-    ["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"], "http://127.0.0.1:9"
-)
 
 
 def test_tokenizer_without_what_it_would_download(tmp_path):

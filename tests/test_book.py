@@ -20,7 +20,7 @@ import pytest
 sys.exit(pytest.main(sys.argv[1:]))
 """
 ANSWERS = [
-    "known_answers.py",  # chapters 0 and 3 to 5
+    "known_answers.py",  # chapters 0 and 3 to 6
     "test_words.py::test_first_steps",  # chapter 1
     "test_words.py::test_punctuation",
     "test_words.py::test_vocabulary_of_the_verdict",

@@ -18,9 +18,10 @@ FOLDERS = {"corpus_path(": "TINYGRAD_LLM_DATA", "gpt2()": "TIKTOKEN_CACHE_DIR"} 
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_example_runs_and_gives_what_the_page_shows(page):
+def test_every_example_runs_and_gives_what_the_page_shows(page, monkeypatch):
     """Without the files that it reads, a page is run up to where it needs them."""
     known = set(TABLE)
+    monkeypatch.chdir(ROOT)  # a page reads files of the repository by their names in it
     text = page.read_text(encoding="utf-8")
     test = doctest.DocTestParser().get_doctest(text, definitions(page), page.name, str(page), 0)
     assert test.examples
