@@ -144,11 +144,11 @@ def check_top_k(k: int, tokens: int) -> None:
 
 _RANGES = {
     "temperature": (lambda t: 0 <= t < np.inf, "a number from 0 on"),
-    "top_k": (lambda k: k >= 1 and k == int(k), "at least 1"),
+    "top_k": (lambda k: isinstance(k, int | np.integer) and k >= 1, "a positive integer"),
     "top_p": (lambda p: 0 < p <= 1, "above 0 and at most 1"),
     "min_p": (lambda p: 0 <= p <= 1, "a number from 0 to 1"),
     "repetition_penalty": (lambda r: 0 < r < np.inf, "a number above 0"),
-    "vocab_size": (lambda n: n >= 1, "at least 1"),
+    "vocab_size": (lambda n: isinstance(n, int | np.integer) and n >= 1, "a positive integer"),
 }
 
 
