@@ -50,13 +50,15 @@ def top_k(logits: np.ndarray, k: int) -> np.ndarray:
 def top_p(logits: np.ndarray, p: float) -> np.ndarray:
     """The likeliest tokens of each row, as few as have a probability of p together: the nucleus."""
     _check("top_p", p)
-    order = logits.argsort(axis=-1, kind="stable")  # from the least likely on
-    below = probabilities(np.take_along_axis(logits, order, axis=-1)).cumsum(axis=-1)
-    drop = below <= 1 - p  # it and all that are less likely still
-    drop[:, -1] = False
-    dropped = np.empty_like(drop)
-    np.put_along_axis(dropped, order, drop, axis=-1)
-    return np.where(dropped, -np.inf, logits)
+    nucleus = np.zeros(logits.shape, bool)
+    for chances, inside in zip(probabilities(logits), nucleus, strict=True):
+        # Of V tokens, those below (1 - p) / V have less than 1 - p together: none need be sorted.
+        likely = chances >= (1 - p) / len(chances)
+        (order,) = likely.nonzero()
+        order = order[chances[order].argsort(kind="stable")]  # from the least likely on
+        below = chances[~likely].sum() + chances[order].cumsum()  # it and all less likely still
+        inside[order[below > 1 - p]] = inside[order[-1]] = True
+    return np.where(nucleus, logits, -np.inf)
 
 
 def min_p(logits: np.ndarray, p: float) -> np.ndarray:
