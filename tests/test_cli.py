@@ -433,15 +433,15 @@ def test_prompts_of_a_file_and_beams(tmp_path, trained):
     directory, _ = trained
     gpt = load_model(directory)
     tokenizer = load_tokenizer(directory, gpt)
-    prompts = ["to be", "日本", "Größe or not to be", *"abcdefg"]
-    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    prompts = ["to be", "日本", "Größe or not to be", "one\x0cline\u2028\x85", *"abcdefg"]
+    (tmp_path / "prompts.txt").write_bytes("\r\n".join(prompts).encode() + b"\n")
     typed = ["generate", "--model", directory, "--max-tokens", 8]
     options = {"stop_id": tokenizer.end_of_text, "vocab_size": tokenizer.vocab_size}
 
     def lines(*more):
         done = run(*typed, "--batch", "prompts.txt", *more, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        found = [json.loads(line) for line in done.stdout.splitlines()]
+        found = [json.loads(line) for line in done.stdout.removesuffix("\n").split("\n")]
         assert [line["prompt"] for line in found] == prompts
         return [line["text"] for line in found]
 

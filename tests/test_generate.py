@@ -31,6 +31,7 @@ from tinygrad_llm.nn import Module
 from tinygrad_llm.random import Generator
 from tinygrad_llm.tokenizer import BPETokenizer
 
+seeds = st.integers(0, 2**32 - 1)
 CONFIG = GPTConfig(vocab_size=11, context_length=6, emb_dim=8, n_heads=2, n_layers=2, drop_rate=0.5)
 
 
@@ -65,7 +66,7 @@ def test_greedy_follows_the_largest_logit(model):
 
 
 def test_stream_yields_what_generate_appends(model):
-    text = generate(model, [[1, 2]], 9, temperature=0.9, top_k=5, generator=Generator(3))
+    text = generate(model, [1, 2], 9, temperature=0.9, top_k=5, generator=Generator(3))
     ids = stream(model, [1, 2], 9, temperature=0.9, top_k=5, generator=Generator(3))
     assert list(ids) == text[0, 2:].tolist()
 
@@ -80,7 +81,7 @@ def test_stream_computes_a_token_only_when_it_is_asked_for():
 
 def test_the_same_seed_gives_the_same_text(model):
     first, same, other = (
-        generate(model, [[1]], 20, generator=Generator(seed)).tolist() for seed in (5, 5, 6)
+        generate(model, [1], 20, generator=Generator(seed)).tolist() for seed in (5, 5, 6)
     )
     assert first == same != other
 
@@ -127,21 +128,12 @@ def test_temperature_and_top_k_give_these_frequencies():
 
 def test_stop_id_ends_the_text_before_it():
     assert list(stream(Fixed([0, 0, 5]), [0], 9, temperature=0, stop_id=2)) == []
-    assert generate(Fixed([0, 0, 5]), [[0]], 9, temperature=0, stop_id=2).tolist() == [[0]]
+    assert generate(Fixed([0, 0, 5]), [0], 9, temperature=0, stop_id=2).tolist() == [[0]]
     assert list(stream(Fixed([0, 0, 5]), [0], 3, temperature=0, stop_id=1)) == [2, 2, 2]
 
 
-def test_a_row_that_has_stopped_is_filled_up():
-    class AddOne(Fixed):
-        def forward(self, ids):
-            return Tensor(np.eye(9, dtype=np.float32)[(ids + 1) % 9])
-
-    found = generate(AddOne(np.zeros(9)), [[5], [2]], 20, temperature=0, stop_id=7)
-    assert found.tolist() == [[5, 6, 7, 7, 7], [2, 3, 4, 5, 6]]
-
-
 def test_no_new_tokens_is_fine(model):
-    assert generate(model, [[1, 2]], 0).tolist() == [[1, 2]]
+    assert generate(model, [1, 2], 0).tolist() == [[1, 2]]
     assert list(stream(model, [1, 2], 0)) == []
 
 
@@ -161,7 +153,10 @@ def test_no_new_tokens_is_fine(model):
             ValueError,
             "temperature must be a number from 0 on, got nan",
         ),
-        ([[1]], {"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
+        ([[1]], {"top_k": 0}, ValueError, "top_k must be a positive integer, got 0"),
+        ([[1]], {"top_k": 2.0}, ValueError, "top_k must be a positive integer, got 2.0"),
+        ([[1]], {"top_k": np.inf}, ValueError, "top_k must be a positive integer, got inf"),
+        ([[1]], {"vocab_size": 7.0}, ValueError, "vocab_size must be a positive integer, got 7.0"),
         (
             [[1]],
             {"top_k": 12},
@@ -170,7 +165,7 @@ def test_no_new_tokens_is_fine(model):
         ),
         ([[1]], {"top_k": 8, "vocab_size": 7}, ValueError, "top_k must be at most 7"),
         ([[1]], {"vocab_size": 12}, ValueError, "vocab_size 12 is more than the model's 11"),
-        ([[1]], {"vocab_size": 0}, ValueError, "vocab_size must be at least 1, got 0"),
+        ([[1]], {"vocab_size": 0}, ValueError, "vocab_size must be a positive integer, got 0"),
         ([[1]], {"top_p": 0}, ValueError, "top_p must be above 0 and at most 1, got 0"),
         ([[1]], {"top_p": 1.01}, ValueError, "top_p must be above 0 and at most 1, got 1.01"),
         ([[1]], {"min_p": -0.1}, ValueError, "min_p must be a number from 0 to 1, got -0.1"),
@@ -179,7 +174,9 @@ def test_no_new_tokens_is_fine(model):
         ([[1]], {"stop_id": 11}, ValueError, r"stop_id 11 is no token: ids are 0\.\.10"),
         ([[1]], {"stop_id": [3, -1]}, ValueError, "stop_id -1 is no token"),
         ([[1]], {"stop_id": [1.5]}, ValueError, "stop_id 1.5 is no token"),
-        ([[1]], {"max_new_tokens": -1}, ValueError, "max_new_tokens must be 0 or more, got -1"),
+        ([[1]], {"max_new_tokens": -1}, ValueError, "must be an integer from 0 on, got -1"),
+        ([[1]], {"max_new_tokens": 2.0}, ValueError, "must be an integer from 0 on, got 2.0"),
+        ([], {}, ValueError, "the prompt is empty"),
         ([[]], {}, ValueError, "the prompt is empty"),
         ([[[1]]], {}, ValueError, r"shape \(T,\) or \(B, T\), not \(1, 1, 1\)"),
         ([[1.5]], {}, TypeError, "ids must be integers, not float64"),
@@ -210,7 +207,7 @@ def test_logits_that_are_no_numbers(bad):
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_ids_that_the_tokenizer_lacks_are_never_drawn(temperature):
     model = GPT(GPTConfig(50, 8, 8, 2, 1), Generator(0))
-    ids = generate(model, [[1]], 60, temperature, None, Generator(0), vocab_size=3)
+    ids = generate(model, [1], 60, temperature, None, Generator(0), vocab_size=3)
     assert ids.max() < 3
 
 
@@ -229,8 +226,14 @@ class AddOne(Fixed):
 
 
 def test_each_row_ends_at_its_own_stop_id():
-    found = generate(AddOne(), [[5], [2], [0]], 20, temperature=0, stop_id=[7, 4])
+    """An array's rows are filled up with it; a list's end before it, of one length or not."""
+    options = {"temperature": 0, "stop_id": [7, 4]}
+    found = generate(AddOne(), np.array([[5], [2], [0]]), 20, **options)
     assert found.tolist() == [[5, 6, 7, 7], [2, 3, 4, 4], [0, 1, 2, 3]]
+    for prompts in ([[5], [2], [0]], ([5], np.array([2]), (0,))):
+        found = generate(AddOne(), prompts, 20, **options)
+        assert isinstance(found, list)
+        assert [row.tolist() for row in found] == [[5, 6], [2, 3], [0, 1, 2, 3]]
     assert list(stream(AddOne(), [5], 20, temperature=0, stop_id=(1, 7))) == [6]
 
 
@@ -378,7 +381,7 @@ def test_the_padding_is_no_text_that_could_be_repeated():
         (lambda x: temperature(x, 0), "temperature must be above 0"),
         (lambda x: temperature(x, -1), "temperature must be a number from 0 on"),
         (lambda x: top_k(x, 10), "top_k must be at most 9"),
-        (lambda x: top_k(x, 0), "top_k must be at least 1"),
+        (lambda x: top_k(x, 0), "top_k must be a positive integer"),
         (lambda x: top_p(x, 0), "top_p must be above 0"),
         (lambda x: min_p(x, 2), "min_p must be a number from 0 to 1"),
         (lambda x: repetition_penalty(x, x > 0, np.nan), "repetition_penalty must be"),
@@ -453,6 +456,47 @@ def test_beam_search_is_transformers(pair, beams, stops, length_penalty, early_s
         np.testing.assert_allclose(scores, expected.sequences_scores, rtol=1e-4)
 
 
+class Table(Fixed):
+    """The logits depend on the last token only: row i of a table (V, V) follows token i."""
+
+    def __init__(self, table):
+        super().__init__(table[0])
+        self.table = table
+
+    def forward(self, ids):
+        return Tensor(self.table[ids])
+
+
+@given(seed=seeds, beams=st.integers(2, 6), stops=st.integers(1, 5), penalty=st.floats(-1, 4))
+def test_as_many_beams_go_on_however_many_texts_end(seed, beams, stops, penalty):
+    """Every stop id, 0 to stops - 1, is likelier than any other token."""
+    V, new = 8, 4
+    table = np.random.default_rng(seed).random((V, V))
+    table[:, :stops] += 1
+    log_p = table - np.log(np.exp(table).sum(axis=1, keepdims=True))
+    kept, done = [(0.0, (7,))], []
+    for n in range(1, new + 1):
+        longer = [
+            (total + log_p[text[-1], token], (*text, token))
+            for total, text in kept
+            for token in range(V)
+        ]
+        longer.sort(reverse=True)
+        done += [
+            (total / n**penalty, text[:-1] if text[-1] < stops else text)
+            for total, text in longer[:beams]
+            if text[-1] < stops or n == new
+        ]
+        done = sorted(done, reverse=True)[:beams]
+        kept = [(total, text) for total, text in longer if text[-1] >= stops][:beams]
+        if len(done) == beams and kept[0][0] / n**penalty <= done[-1][0]:
+            break
+    found = beam_search(Table(table), [7], new, beams, beams, penalty, stop_id=range(stops))
+    assert [tuple(beam.ids) for beam in found] == [text for _, text in done]
+    scores = [beam.score for beam in found]
+    np.testing.assert_allclose(scores, [score for score, _ in done], rtol=1e-12)
+
+
 @given(seed=st.integers(0, 999), stop=st.sampled_from([None, 2]), new=st.integers(1, 4))
 @settings(max_examples=15)
 def test_with_a_beam_for_every_text_the_search_is_exhaustive(seed, stop, new):
@@ -480,7 +524,7 @@ def test_with_a_beam_for_every_text_the_search_is_exhaustive(seed, stop, new):
 
 
 def test_beam_search_of_one_beam_is_greedy_and_more_find_likelier_texts(model):
-    greedy = generate(model, [[1, 2]], 9, temperature=0)[0]
+    greedy = generate(model, [1, 2], 9, temperature=0)[0]
     (one,) = beam_search(model, [1, 2], 9, beams=1)
     assert one.ids.tolist() == greedy.tolist()
     found = beam_search(model, [1, 2], 9, beams=6, n_best=6)
@@ -493,10 +537,11 @@ def test_beam_search_of_one_beam_is_greedy_and_more_find_likelier_texts(model):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"beams": 0}, "beams must be at least 1, got 0"),
-        ({"beams": 2, "n_best": 3}, "n_best must be from 1 to the number of beams, 2, got 3"),
+        ({"beams": 0}, "beams is a positive integer, not 0"),
+        ({"beams": 2.0}, "beams is a positive integer, not 2.0"),
+        ({"beams": 2, "n_best": 3}, "n_best must be at most the number of beams, 2, got 3"),
         ({"length_penalty": float("nan")}, "length_penalty must be a finite number"),
-        ({"max_new_tokens": -1}, "max_new_tokens must be 0 or more"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be an integer from 0 on"),
         ({"stop_id": 99}, "stop_id 99 is no token"),
     ],
 )

@@ -1,5 +1,7 @@
 """The cache of keys and values: every token's logits are those without one, however it came in."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -82,35 +84,59 @@ def test_what_is_truncated_is_forgotten(keep, seed):
         cache = MODEL.new_cache(1)
         MODEL(ids, cache=cache)
         cache.truncate(keep)
+        cache.truncate(CONTEXT)  # nothing comes back
         close(
             MODEL(others, cache=cache),
             MODEL(np.concatenate([ids[:, :keep], others], axis=1)).data[:, keep:],
         )
 
 
-@given(rows=st.lists(st.integers(0, 2), min_size=1, max_size=5), seed=seeds)
-def test_rows_are_chosen(rows, seed):
+@given(
+    rows=st.lists(st.integers(0, 2), min_size=1, max_size=5),
+    padding=st.lists(st.integers(0, 3), min_size=3, max_size=3),
+    seed=seeds,
+)
+def test_rows_are_chosen(rows, padding, seed):
     ids, new = some_ids(seed, 3, 4), some_ids(seed + 1, len(rows), 2)
     with no_grad():
-        cache = MODEL.new_cache(3)
+        cache = MODEL.new_cache(3, padding)
         MODEL(ids, cache=cache)
         cache.select(rows)
-        expected = MODEL(np.concatenate([ids[rows], new], axis=1)).data[:, 4:]
-        close(MODEL(new, cache=cache), expected)
+        found = MODEL(new, cache=cache).data
+        for b, row in enumerate(rows):
+            text = np.concatenate([ids[row, padding[row] :], new[b]])
+            close(found[b], MODEL(text[None]).data[0, -2:])
 
 
-def test_after_an_interruption_it_goes_on_where_all_layers_were(monkeypatch):
+@contextmanager
+def interrupted(module):
+    """Inside, Ctrl-C comes while the module computes."""
+
+    def forward(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "forward", forward)
+        yield
+
+
+INTERRUPTED = {
+    "the first block": MODEL.blocks[0].ff,
+    "the last attention": MODEL.blocks[-1].att.out_proj,
+    "the last feed-forward": MODEL.blocks[-1].ff,
+    "the last norm": MODEL.final_norm,
+    "the head": MODEL.out_head,
+}
+
+
+@pytest.mark.parametrize("where", INTERRUPTED)
+def test_a_call_that_is_interrupted_adds_nothing(where):
     ids = some_ids(1, 1, 5)
     with no_grad():
         cache = MODEL.new_cache(1)
         MODEL(ids[:, :2], cache=cache)
-        with monkeypatch.context() as patch:
-
-            def interrupted(*_):
-                raise KeyboardInterrupt
-
-            patch.setattr(MODEL.blocks[1], "forward", interrupted)
-            with pytest.raises(KeyboardInterrupt):
+        for _ in range(2):
+            with interrupted(INTERRUPTED[where]):
                 MODEL(ids[:, 2:4], cache=cache)
         assert cache.length == 2
         close(MODEL(ids[:, 2:], cache=cache), MODEL(ids).data[:, 2:])
@@ -195,6 +221,16 @@ def test_one_decoder_for_many_texts(data):
             close(found[b], last_logits(ids[b : b + 1, p:])[0])
 
 
+@pytest.mark.parametrize("where", INTERRUPTED)
+def test_a_decoder_that_was_interrupted_mixes_no_texts(where):
+    decoder = Decoder(MODEL)
+    decoder(np.array([[1, 2, 3, 4, 5, 6]]))
+    with interrupted(INTERRUPTED[where]):
+        decoder(np.array([[1, 2, 9, 9, 9, 9]]))
+    for text in ([1, 2, 3, 4, 5, 7], [1, 2, 9, 9, 9, 9]):
+        close(decoder(np.array([text])), last_logits([text]))
+
+
 def test_only_what_is_new_is_computed(monkeypatch):
     computed = []
     hidden_states = type(MODEL).hidden_states
@@ -211,7 +247,7 @@ def test_only_what_is_new_is_computed(monkeypatch):
     decoder(np.array([[1, 2, 7, 4, 5]]))
     assert computed == [4, 1, 1, 3]
     computed.clear()
-    ids = generate(MODEL, [[1, 2, 3]], CONTEXT, temperature=0)
+    ids = generate(MODEL, [1, 2, 3], CONTEXT, temperature=0)
     full = ids.shape[1] - 1 - CONTEXT  # tokens that were chosen when the context was full already
     assert computed == [3] + [1] * (CONTEXT - 3) + [CONTEXT] * full
     computed.clear()

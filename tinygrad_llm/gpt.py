@@ -231,7 +231,10 @@ class GPT(Module):
         Raises ValueError for other shapes or more than context_length tokens, IndexError for ids
         that are not in the vocabulary, TypeError for ids that are no integers.
         """
-        return self.out_head(self.hidden_states(ids, segments, cache))  # (B, T, V)
+        logits = self.out_head(self._hidden_states(ids, segments, cache))  # (B, T, V)
+        if cache is not None:
+            cache.commit()
+        return logits
 
     def hidden_states(
         self,
@@ -240,11 +243,18 @@ class GPT(Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """What the output head reads, (B, T, C); the arguments are those of forward."""
+        x = self._hidden_states(ids, segments, cache)  # (B, T, C)
+        if cache is not None:
+            cache.commit()
+        return x
+
+    def _hidden_states(self, ids, segments, cache):
+        """Those; what is added to the cache counts once the caller commits it."""
         if cache is None:
             ids = self._checked(ids)  # (B, T)
             positions, mask = np.arange(ids.shape[1]), None  # (T,)
         else:
-            cache.truncate(cache.length)  # an interrupted call may have filled some layers only
+            cache.truncate(cache.length)  # without what an interrupted call may have added
             ids = self._checked(ids, cache.length)
             positions, mask = cache.positions(ids.shape[1]), cache.mask(ids.shape[1])
         if segments is not None:

@@ -20,7 +20,8 @@ class attention:
     def forward(q, k, v, M=True, B=0.0, D=1.0, *, causal=False, scale=None):
         T, S = q.shape[-2], k.shape[-2]
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        needs_max = not _largest_score(q, k, scale) <= _SAFE  # it may be NaN
+        # The bound reads all keys again: for one query, as in generation, the maximum is cheaper.
+        needs_max = T == 1 or not _largest_score(q, k, scale) <= _SAFE  # it may be NaN
         y = _heads_side_by_side((*q.shape[:-1], v.shape[-1]), q.dtype)
         saved = []
         for i in blocks(T, _QUERIES):

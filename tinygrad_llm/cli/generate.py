@@ -161,7 +161,8 @@ def _prompts(prompt: str | None, batch: Path | None) -> list[str]:
         return [sys.stdin.read().removesuffix("\n")]
     if batch is None:
         return [prompt]
-    lines = read_corpus(batch).splitlines()
+    text = read_corpus(batch).removesuffix("\n")
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
     if "" in lines:
         raise ValueError(
             f"{batch} has no prompt in line {lines.index('') + 1}: give one in each line"
@@ -187,13 +188,11 @@ def _drawn(
     gpt: GPT, prompts: list[list[int]], max_tokens: int, options: dict[str, Any]
 ) -> Iterator[Iterable[int]]:
     """What follows each prompt, a few of them at a time."""
-    stop_id = options["stop_id"]
     for start in range(0, len(prompts), BATCH):
         some = prompts[start : start + BATCH]
         rows = generate_rows(gpt, some, max_tokens, **options)
         for ids, row in zip(some, rows, strict=True):
-            new = row[len(ids) :].tolist()
-            yield new[: new.index(stop_id)] if stop_id in new else new
+            yield row[len(ids) :].tolist()
 
 
 def _searched(

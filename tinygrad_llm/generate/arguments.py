@@ -9,11 +9,12 @@ from ..tensor import Tensor
 
 
 def prompts(ids: Any) -> tuple[np.ndarray, np.ndarray | None]:
-    """One prompt or several as (B, T) int64, and None; or, if their lengths differ, padded on the
+    """One prompt (T,) or several (B, T) as (B, T) int64, and None; a list of prompts padded on the
     left, and by how much, (B,). Raises ValueError if one is empty, TypeError for other numbers.
     """
-    rows = _ragged(ids)
-    if rows is not None:
+    several = isinstance(ids, list | tuple) and len(ids) and all(np.ndim(row) == 1 for row in ids)
+    if several:
+        rows = [_integers(np.asarray(row)) for row in ids]
         padding = max(map(len, rows)) - np.array([len(row) for row in rows])
         padded = [np.pad(row, (p, 0)) for row, p in zip(rows, padding, strict=True)]
         return np.stack(padded), padding
@@ -21,14 +22,6 @@ def prompts(ids: Any) -> tuple[np.ndarray, np.ndarray | None]:
     if ids.ndim not in (1, 2):
         raise ValueError(f"ids must have shape (T,) or (B, T), not {ids.shape}")
     return np.atleast_2d(_integers(ids)), None
-
-
-def _ragged(ids):
-    """The rows of a list whose rows have different lengths, else None."""
-    if not isinstance(ids, list | tuple) or not all(np.ndim(row) == 1 for row in ids):
-        return None
-    rows = [_integers(np.asarray(row)) for row in ids]
-    return rows if len({len(row) for row in rows}) > 1 else None
 
 
 def _integers(ids):
@@ -61,5 +54,5 @@ def stop_ids(stop_id: int | Iterable[int] | None, vocab_size: int) -> np.ndarray
 
 def check_count(max_new_tokens: int) -> None:
     """Raises ValueError for a number of tokens that cannot be."""
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
+    if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be an integer from 0 on, got {max_new_tokens}")

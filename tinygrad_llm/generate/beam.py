@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..nn.layers import check_sizes
 from .arguments import check_count, drawable, prompts, stop_ids
 from .decoder import Decoder
 
@@ -91,9 +92,8 @@ def _log_softmax(logits):
 
 
 def _check(beams, n_best, length_penalty):
-    if beams < 1:
-        raise ValueError(f"beams must be at least 1, got {beams}")
-    if not 1 <= n_best <= beams:
-        raise ValueError(f"n_best must be from 1 to the number of beams, {beams}, got {n_best}")
+    check_sizes("beam_search", beams=beams, n_best=n_best)
+    if n_best > beams:
+        raise ValueError(f"n_best must be at most the number of beams, {beams}, got {n_best}")
     if not np.isfinite(length_penalty):
         raise ValueError(f"length_penalty must be a finite number, got {length_penalty}")

@@ -20,6 +20,8 @@ class Decoder:
     the cache is filled anew for each token, which is as slow as without one; the logits are always
     those of `model(ids[:, -context_length:])`.
 
+    What is kept belongs to the weights that computed it: after they change, make a new Decoder.
+
     A model without `new_cache` is called as `model(ids)`, and everything is computed each time.
     """
 
@@ -59,9 +61,11 @@ class Decoder:
                 raise ValueError("prompts of different lengths need a model with new_cache")
             return self.model(ids).data[:, -1]
         known = self._known(ids, padding)
+        self._ids = ids[:, :known]  # if what follows is interrupted, nothing else is sure
         x = self.model.hidden_states(ids[:, known:], cache=self._cache)  # (B, T, C)
+        logits = self.model.out_head(x[:, -1]).data  # (B, V), of the last token only
         self._ids = ids
-        return self.model.out_head(x[:, -1]).data  # only the last token's are asked for
+        return logits
 
     def _known(self, ids, padding):
         """Makes the cache hold a beginning of the ids, not all of them; returns how long it is."""

@@ -25,7 +25,8 @@ def generate(
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
 ) -> np.ndarray | list[np.ndarray]:
-    """Continues each row of `ids` (B, T): returns (B, T + n) int64 with n <= max_new_tokens.
+    """Continues prompts: an array (B, T) as an array (B, T + n) int64 with n <= max_new_tokens, a
+    list of B prompts as a list of B arrays.
 
     temperature  divides the logits: low is careful, high is varied, 0 takes the likeliest token
     top_k        only the k likeliest tokens may be drawn, and those equally likely
@@ -33,13 +34,13 @@ def generate(
     min_p        only tokens at least min_p times as likely as the likeliest
     repetition_penalty  above 1, tokens that are in the text already become less likely
     generator    source of randomness; default: the library's own
-    stop_id      ends a row and fills the rest of it; when every row has ended, n is reached; one or
-                 several
+    stop_id      one id or several that end a row; when every row has ended, n is reached
     vocab_size   only ids below it may be drawn: a model may have more than its tokenizer
 
-    `ids` may also be a list of prompts of different lengths. Each is continued as it would be alone
-    (but with numbers of the same random stream), and the result is a list of rows, each of which
-    ends before its stop_id.
+    The prompts of a list may have different lengths. Each is continued as it would be alone (but
+    with numbers of the same random stream), and each row of the result ends before its stop_id. In
+    an array, where rows have one length, the stop_id that ends a row fills the rest of it. A single
+    prompt (T,) is an array of one row.
 
     The model sees at most its context length: the last tokens of a longer text. Its train or eval
     mode is as before afterwards.

@@ -50,13 +50,15 @@ def top_k(logits: np.ndarray, k: int) -> np.ndarray:
 def top_p(logits: np.ndarray, p: float) -> np.ndarray:
     """The likeliest tokens of each row, as few as have a probability of p together: the nucleus."""
     _check("top_p", p)
-    order = logits.argsort(axis=-1, kind="stable")  # from the least likely on
-    below = probabilities(np.take_along_axis(logits, order, axis=-1)).cumsum(axis=-1)
-    drop = below <= 1 - p  # it and all that are less likely still
-    drop[:, -1] = False
-    dropped = np.empty_like(drop)
-    np.put_along_axis(dropped, order, drop, axis=-1)
-    return np.where(dropped, -np.inf, logits)
+    nucleus = np.zeros(logits.shape, bool)
+    for chances, inside in zip(probabilities(logits), nucleus, strict=True):
+        # Of V tokens, those below (1 - p) / V have less than 1 - p together: none need be sorted.
+        likely = chances >= (1 - p) / len(chances)
+        (order,) = likely.nonzero()
+        order = order[chances[order].argsort(kind="stable")]  # from the least likely on
+        below = chances[~likely].sum() + chances[order].cumsum()  # it and all less likely still
+        inside[order[below > 1 - p]] = inside[order[-1]] = True
+    return np.where(nucleus, logits, -np.inf)
 
 
 def min_p(logits: np.ndarray, p: float) -> np.ndarray:
@@ -144,11 +146,11 @@ def check_top_k(k: int, tokens: int) -> None:
 
 _RANGES = {
     "temperature": (lambda t: 0 <= t < np.inf, "a number from 0 on"),
-    "top_k": (lambda k: k >= 1 and k == int(k), "at least 1"),
+    "top_k": (lambda k: isinstance(k, int | np.integer) and k >= 1, "a positive integer"),
     "top_p": (lambda p: 0 < p <= 1, "above 0 and at most 1"),
     "min_p": (lambda p: 0 <= p <= 1, "a number from 0 to 1"),
     "repetition_penalty": (lambda r: 0 < r < np.inf, "a number above 0"),
-    "vocab_size": (lambda n: n >= 1, "at least 1"),
+    "vocab_size": (lambda n: isinstance(n, int | np.integer) and n >= 1, "a positive integer"),
 }
 
 

@@ -64,9 +64,10 @@ class KVCache:
     layers      a LayerCache for each attention, from the first to the last
     padding     (B,) how many of a row's first tokens are none, where rows of different lengths end
                 together: no token sees them, and positions are counted after them
+    length      tokens in it, padding included
 
     A model reads its place from it and adds to it: `model(ids, cache=cache)` gives the logits of
-    `ids` as they follow the tokens in the cache.
+    `ids` as they follow the tokens in the cache. A call that fails or is interrupted adds none.
     """
 
     def __init__(
@@ -83,21 +84,22 @@ class KVCache:
         self.layers = [
             LayerCache(batch, n_heads, context_length, head_dim, dtype) for _ in range(n_layers)
         ]
+        self.length = 0
         self.padding = None if padding is None else np.asarray(padding)
         if self.padding is not None and self.padding.shape != (batch,):
             raise ValueError(
                 f"KVCache: padding has shape {self.padding.shape}, expected ({batch},)"
             )
 
-    @property
-    def length(self) -> int:
-        """Tokens in it, padding included: those that have passed through every layer."""
-        return self.layers[-1].length
+    def commit(self) -> None:
+        """Counts the tokens that the layers were given: the call that gave them has succeeded."""
+        self.length = self.layers[-1].length
 
     def truncate(self, length: int) -> None:
-        """Forgets all but the first `length` tokens."""
+        """Forgets all but the first `length` tokens, and any that were never committed."""
+        self.length = min(self.length, length)
         for layer in self.layers:
-            layer.length = min(layer.length, length)
+            layer.length = self.length
 
     def select(self, rows: ArrayLike) -> None:
         """Row b becomes what row rows[b] was, as beam search needs it."""
