@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits
 
-from tinygrad_llm import random
+from tinygrad_llm import random, train
 from tinygrad_llm.checkpoint import load_training_state, save_training_state
 from tinygrad_llm.functional import cross_entropy
 from tinygrad_llm.gpt import GPT, GPTConfig
+from tinygrad_llm.optim import clip_grad_norm_
 from tinygrad_llm.train import Report, Trainer, TrainSettings, evaluate, plot_training
 
 TOKENS = np.tile(np.arange(10), 60)  # easy to learn: the next number
@@ -112,6 +113,19 @@ def test_the_bits_are_the_same_whatever_blas_has_been_told(rate, threads, rows):
         weights = {name: array.tobytes() for name, array in model.state_dict().items()}
         runs.append((trainer.losses, trainer.evaluations, weights))
     assert runs[0] == runs[1]
+
+
+def test_the_length_of_the_gradient_is_taken_with_the_threads_of_the_settings(monkeypatch):
+    seen = []
+
+    def watched(*arguments):
+        seen.extend(blas["num_threads"] for blas in threadpool_info() if blas["user_api"] == "blas")
+        return clip_grad_norm_(*arguments)
+
+    monkeypatch.setattr(train, "clip_grad_norm_", watched)
+    with threadpool_limits(1, "blas"):
+        make_trainer(replace(SETTINGS, threads=2)).training_step()
+    assert set(seen) == {2}
 
 
 def test_steps_may_be_raised_but_not_lowered():
@@ -272,6 +286,9 @@ def test_patience_counts_from_the_step_on_where_it_is_given(stop):
         if report.val_loss is not None:
             assert loss_of(resumed.best_model()) == resumed.best[1]
     assert resumed.best[0] >= stop
+    state = copy.deepcopy(resumed.state_dict())
+    again = Trainer.resume(state, TOKENS[:500], TOKENS[500:])
+    assert again.best == resumed.best and loss_of(again.best_model()) == again.best[1]
 
 
 def test_validation_leaves_no_trace():

@@ -23,7 +23,7 @@ from .nn import no_init
 from .optim import AdamW, clip_grad_norm_, decay_groups, warmup_cosine
 from .parallel import Shards, blas, default_threads
 
-STATE_VERSION = 2  # of Trainer.state_dict
+STATE_VERSION = 3  # of Trainer.state_dict
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,10 @@ class Trainer:
         Raises ValueError for fewer steps than before, other tokens, or a state that does not fit.
         """
         if state.get("version") != STATE_VERSION:
-            raise ValueError("this training state is of another version of the library")
+            raise ValueError(
+                "this training state is of another version of the library, and cannot go on with "
+                "this one: its model can still be used; start a new run"
+            )
         settings = TrainSettings(**state["settings"])
         steps = settings.steps if steps is None else steps
         patience = settings.patience if patience is None else patience
@@ -315,7 +318,7 @@ class Trainer:
             )
         model = _model(GPTConfig.from_dict(state["config"]), state["model"])
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name not in state.get("frozen", ()))
+            parameter.requires_grad_(name not in state["frozen"])
         settings = replace(settings, steps=steps, patience=patience)
         trainer = cls(model, train_tokens, val_tokens, settings)
         if trainer.fingerprint != state["fingerprint"]:
@@ -328,10 +331,10 @@ class Trainer:
         trainer.step = state["step"]
         trainer.losses = state["losses"].tolist()
         trainer.evaluations = [(int(step), loss) for step, loss in state["evaluations"].tolist()]
-        if state.get("best_weights") is not None:
-            trainer.counts_from = state["counts_from"]
+        trainer.counts_from = state["counts_from"]
+        if state["best_weights"] is not None:
             trainer.best_weights = _copied(state["best_weights"])
-        elif patience is not None and trainer.evaluations:
+        elif patience is not None and trainer.evaluations:  # it is new
             trainer.counts_from = trainer.step
             if trainer.evaluations[-1][0] == trainer.step:
                 trainer._keep_weights()
