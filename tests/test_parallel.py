@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from tinygrad_llm import backend, random
 from tinygrad_llm.gpt import GPT, GPTConfig
@@ -92,6 +93,22 @@ def test_dropout_of_any_kind_runs_on_one_thread(where):
         model = small_model(**{f"drop_rate_{where}": 0.3})
         losses.append(Shards(threads).backward(model, *batch(6)))
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(("rows", "rate", "expected"), [(4, 0.0, 1), (4, 0.3, 2), (1, 0.0, 2)])
+def test_blas_has_the_threads_where_rows_are_not_shared_out(rows, rate, expected):
+    seen = set()
+
+    class Watched(GPT):
+        def loss(self, ids, targets):
+            seen.update(b["num_threads"] for b in threadpool_info() if b["user_api"] == "blas")
+            return super().loss(ids, targets)
+
+    model = Watched(small_model(drop_rate=rate).cfg)
+    for before in (1, 2):
+        with threadpool_limits(before, "blas"):
+            Shards(2).backward(model, *batch(rows))
+    assert seen == {expected}
 
 
 def test_frozen_parameters_get_no_gradient():

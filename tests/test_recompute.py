@@ -158,6 +158,12 @@ def test_nothing_is_kept_where_nothing_is_recorded():
     assert recompute(function, x).is_leaf  # nothing needs a gradient
 
 
+def test_what_is_no_number_is_the_same_again():
+    x = Tensor([1.0, np.nan, np.inf], requires_grad=True)
+    recompute(lambda x: x * 2, x).sum().backward()
+    np.testing.assert_array_equal(x.grad.data, [2, 2, 2])
+
+
 def test_what_it_cannot_do():
     x = Tensor([1.0], requires_grad=True)
     doubled = x * 2
@@ -165,5 +171,9 @@ def test_what_it_cannot_do():
         recompute(lambda y: y * doubled, x)
     with pytest.raises(TypeError, match="returned a tuple, not a Tensor"):
         recompute(lambda y: (y, y), x)
+    generator = random.Generator(3)
+    y = recompute(lambda x: dropout(x, 0.5, generator=generator), Tensor(np.ones(99), True))
+    with pytest.raises(RuntimeError, match="did not return the same again; name the generator"):
+        y.sum().backward()
     with pytest.raises(RuntimeError, match="cannot be recorded"):
         recompute(lambda y: y * y, x).backward(create_graph=True)

@@ -18,12 +18,19 @@ import safetensors.numpy
 
 from tinygrad_llm.checkpoint import (
     checkpoints,
+    load_model,
     load_training_state,
     save_checkpoint,
     save_training_state,
     step_of,
 )
+from tinygrad_llm.cli import run as run_module
+from tinygrad_llm.cli.log import Log
+from tinygrad_llm.cli.run import new_run, resumed_run
+from tinygrad_llm.cli.screen import Screen
+from tinygrad_llm.data import train_val_split
 from tinygrad_llm.random import Generator
+from tinygrad_llm.train import Report, evaluate
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 
@@ -37,10 +44,8 @@ KILLS = 21
 
 def train(*arguments, **options):
     """Runs `tinygrad-llm train` to its end; the result has returncode, stdout and stderr."""
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)], env=ENVIRONMENT, capture_output=True, encoding="utf-8",
-        timeout=120, **options,
-    )  # fmt: skip
+    options = {"env": ENVIRONMENT, "encoding": "utf-8", "timeout": 120, **options}
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, **options)
 
 
 def assert_refused(done, *parts):
@@ -100,7 +105,8 @@ def is_saving(process):
     """Whether a checkpoint is open that has no name yet: the process is in the middle of a save."""
     with contextlib.suppress(OSError):
         for file in Path("/proc", str(process.pid), "fd").iterdir():
-            if "/checkpoints/" in os.readlink(file):
+            path = os.readlink(file)
+            if "/checkpoints/" in path and not path.endswith(".lock"):
                 return True
     return False
 
@@ -250,6 +256,175 @@ def test_a_checkpoint_that_is_not_there(tmp_path, trained):
         refused, "step-00000001", "there are step-00000024, step-00000032, step-00000040"
     )
     assert_refused(train("--out", tmp_path, "--resume"), "has no checkpoints")
+
+
+# --- patience -------------------------------------------------------------------------------------
+
+
+DIVERGES = [*TINY, "--lr", 0.5, "--warmup", 2, "--eval-interval", 1, "--keep", 9]
+
+
+def loss_of_the_model(directory):
+    tokens = np.load(directory / "tokens.npy")
+    _, held_out = train_val_split(tokens, 0.1, 16)
+    return pytest.approx(evaluate(load_model(directory), held_out, 16, 2, 10), rel=1e-5)
+
+
+def evaluations_of(directory):
+    return {line["step"]: line["val_loss"] for line in log_of(directory) if "val_loss" in line}
+
+
+def test_patience_given_later_ends_with_the_model_that_it_names(tmp_path, text_file):
+    run = tmp_path / "run"
+    done = train("--data", text_file, "--out", run, *DIVERGES, "--steps", 8)
+    assert done.returncode == 0, done.stderr
+    losses = evaluations_of(run)
+    assert losses[1] < losses[2] < losses[3]  # and the model of step 1 is not kept
+    later = ["--resume-from", "step-00000003", "--steps", 60, "--patience", 3]
+    done = train("--out", run, *later)
+    assert done.returncode == 0, done.stderr
+    losses = evaluations_of(run)
+    best = min((step for step in losses if step >= 3), key=losses.get)
+    assert best < max(losses) == best + 3
+    assert f"the model is that of step {best}, with the lowest: {losses[best]:.3f}" in done.stdout
+    assert losses[best] == loss_of_the_model(run)
+
+
+def test_the_model_of_an_abandoned_branch_does_not_stay(tmp_path, text_file):
+    run = tmp_path / "run"
+    options = ["--data", text_file, "--out", run, *DIVERGES, "--patience", 4]
+    assert train(*options, "--steps", 60, "--quiet").returncode == 0
+    losses = evaluations_of(run)
+    best = min(losses, key=losses.get)
+    assert losses[best] == loss_of_the_model(run)
+    *_, older, newer = [path for path in checkpoints(run) if step_of(path) <= best]
+    resumed = resumed_run(run, older.stem, {}, set(), None, None, False, Screen(True))
+    step, lowest = resumed.trainer.best  # it has not made a step yet: it may be killed now
+    assert step < best and lowest == losses[step] == loss_of_the_model(run)
+    resumed.log.close()
+    resumed.lock.close()
+    assert train("--out", run, "--resume", "--quiet").returncode == 0
+    done = train("--out", run, "--resume-from", older.stem)
+    assert f"set aside, until you delete it: {newer}.aside.aside\n" in done.stdout
+    assert losses[best] == loss_of_the_model(run)
+
+
+# --- another process, another machine -------------------------------------------------------------
+
+
+def test_one_process_at_a_time(tmp_path, trained):
+    run = copied(trained, tmp_path / "run")
+    command = [*COMMAND, "--out", str(run), "--resume", "--steps", "100000", "--quiet"]
+    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE) as first:
+        try:
+            while first.poll() is None and lines_in(run / "log.jsonl") < 50:
+                time.sleep(0.01)
+            refused = train("--out", run, "--resume", "--steps", 100_000)
+            assert_refused(refused, f"another process trains in {run}")
+            refused = train("--out", run, *TINY)
+            assert_refused(refused, f"{run} already holds a training run")
+        finally:
+            first.kill()
+    steps = [line["step"] for line in log_of(copied(run, tmp_path / "whole_lines"))[:-1]]
+    assert steps == list(range(len(steps)))
+    assert train("--out", run, "--resume", "--steps", 1).returncode == 2
+    resumed_run(run, None, {}, set(), 100_000, None, False, Screen(True)).log.close()  # no lock
+
+
+def test_two_that_start_at_once(tmp_path, text_file):
+    command = [*COMMAND, "--data", text_file, "--out", tmp_path / "run", *TINY, "--steps", 2]
+    both = [
+        subprocess.Popen(
+            list(map(str, command)), env=ENVIRONMENT, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, encoding="utf-8",
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], errors
+    assert len(log_of(tmp_path / "run")) == 3 and len(checkpoints(tmp_path / "run")) == 3
+
+
+def test_a_run_that_came_in_between_is_not_written_over(tmp_path, trained, monkeypatch):
+    options = load_training_state(checkpoints(trained)[-1])["options"]
+
+    def made(out):
+        copied(trained, out)
+        return out
+
+    monkeypatch.setattr(run_module, "_made_directory", made)
+    with pytest.raises(ValueError, match="already holds a training run"):
+        new_run(tmp_path / "run", options, 2, None, False, Screen(True))
+    assert files_of(tmp_path / "run") == files_of(trained)
+
+
+def test_going_on_with_another_number_of_blas_threads(tmp_path, text_file):
+    wide = ["--layers", 1, "--heads", 2, "--dim", 150, "--context", 64, "--batch-size", 3]
+    wide += ["--vocab-size", 300, "--dropout", 0.1, "--threads", 2, "--eval-interval", 2]
+    options = ["--data", text_file, "--out", tmp_path / "straight", *wide, "--steps", 4]
+    assert train(*options, "--warmup", 1, "--quiet").returncode == 0
+    copied(tmp_path / "straight", tmp_path / "changed")
+    for name, number in (("straight", "1"), ("changed", "2")):
+        environment = {**ENVIRONMENT, "OPENBLAS_NUM_THREADS": number}
+        done = train("--out", tmp_path / name, "--resume", "--steps", 8, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert "may differ" not in done.stdout
+    assert_same_run(tmp_path / "straight", tmp_path / "changed")
+
+
+def test_a_run_of_another_processor_is_said(tmp_path, trained):
+    run = copied(trained, tmp_path / "run")
+    state = load_training_state(checkpoints(run)[-1])
+    state["trainer"]["versions"]["BLAS"] = "openblas 0.1 Z80"
+    save_checkpoint(run, 40, state, 3)
+    done = train("--out", run, "--resume", "--steps", 41)
+    assert done.returncode == 0 and done.stdout.count("openblas 0.1 Z80, goes on with") == 1
+
+
+# --- a damaged log --------------------------------------------------------------------------------
+
+
+def test_a_damaged_log_keeps_its_readable_lines_and_is_kept(tmp_path, trained):
+    run = copied(trained, tmp_path / "run")
+    lines = (run / "log.jsonl").read_bytes().splitlines(keepends=True)
+    broken = b"".join([*lines[:20], lines[20][:9] + b"\n", b"[" * 100_000 + b"\n", *lines[22:]])
+    (run / "log.jsonl").write_bytes(broken)
+    done = train("--out", run, "--resume", "--steps", 41)
+    assert done.returncode == 0, done.stderr
+    kept = run / "log.jsonl.damaged"
+    said = f"{run / 'log.jsonl'} lacks 2 of the steps so far: 2 of its lines cannot be read; "
+    assert done.stdout.count(f"{said}as it was, it is in {kept}\n") == 1
+    assert kept.read_bytes() == broken
+    assert [line["step"] for line in log_of(run)] == [*range(20), *range(22, 42)]
+
+    (run / "log.jsonl").write_bytes(broken)
+    Log(run, 41).close()
+    assert kept.read_bytes() == (run / "log.jsonl.damaged.damaged").read_bytes() == broken
+
+
+@pytest.mark.parametrize("lines", [0, 30])
+def test_a_log_that_is_gone_or_cut_is_said(tmp_path, trained, lines):
+    run = copied(trained, tmp_path / "run")
+    log = run / "log.jsonl"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:lines])[:-5])
+    if not lines:
+        log.unlink()
+    kept = max(lines - 1, 0)
+    found = Log(run, 40)
+    found.close()
+    assert found.damage == f"{log} lacks {41 - kept} of the steps so far"
+    assert [line["step"] for line in log_of(run)] == list(range(kept))
+    assert not list(run.glob("*.damaged"))
+
+
+def test_the_log_is_on_the_disk_before_the_checkpoint(tmp_path, monkeypatch):
+    synced = []
+    log = Log(tmp_path, -1)
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_ino))
+    log.add(Report(1, loss=2.0))
+    log.sync()
+    log.close()
+    assert synced == [(tmp_path / "log.jsonl").stat().st_ino]
 
 
 # --- a full disk ----------------------------------------------------------------------------------

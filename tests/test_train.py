@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
-from tinygrad_llm import random
+from tinygrad_llm import random, train
 from tinygrad_llm.checkpoint import load_training_state, save_training_state
 from tinygrad_llm.functional import cross_entropy
 from tinygrad_llm.gpt import GPT, GPTConfig
+from tinygrad_llm.optim import clip_grad_norm_
 from tinygrad_llm.train import Report, Trainer, TrainSettings, evaluate, plot_training
 
 TOKENS = np.tile(np.arange(10), 60)  # easy to learn: the next number
@@ -70,6 +72,60 @@ def test_resumed_training_is_the_same_bit_for_bit(tmp_path, stop):
     ours, theirs = (trainer.optimizer.state_dict()["state"] for trainer in (second, straight))
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(a["exp_avg_sq"], b["exp_avg_sq"])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_dtype_and_frozen_parameters_come_back(tmp_path, dtype, frozen):
+    trainers = []
+    for stop in (20, 7):
+        random.manual_seed(0)
+        model = GPT(CONFIG).to(dtype)
+        model.blocks[0].att.requires_grad_(not frozen)
+        trainers.append(Trainer(model, TOKENS[:500], TOKENS[500:], SETTINGS))
+        next(report for report in trainers[-1].run() if report.step == stop)
+    straight, first = trainers
+    save_training_state(tmp_path / "state", first.state_dict())
+    second = Trainer.resume(load_training_state(tmp_path / "state"), TOKENS[:500], TOKENS[500:])
+    list(second.run())
+    assert second.losses == straight.losses
+    ours, theirs = dict(second.model.named_parameters()), dict(straight.model.named_parameters())
+    for name, parameter in theirs.items():
+        assert ours[name].data.dtype == dtype
+        assert ours[name].requires_grad == parameter.requires_grad
+        np.testing.assert_array_equal(ours[name].data, parameter.data)
+    assert {a["exp_avg"].dtype for a in second.optimizer.state} == {np.dtype(dtype)}
+
+
+@pytest.mark.parametrize(
+    ("rate", "threads", "rows"), [(0.0, 1, 8), (0.1, 2, 8), (0.0, 2, 8), (0.0, 2, 1)]
+)
+def test_the_bits_are_the_same_whatever_blas_has_been_told(rate, threads, rows):
+    tokens = np.random.default_rng(0).integers(0, 500, 5000)
+    settings = TrainSettings(4, rows, 64, eval_interval=4, eval_batches=2, threads=threads)
+    runs = []
+    for number in (1, 2):
+        random.manual_seed(0)
+        model = GPT(GPTConfig(500, 64, 128, 4, 1, drop_rate=rate))
+        trainer = Trainer(model, tokens[:4500], tokens[4500:], settings)
+        with threadpool_limits(number, "blas"):
+            list(trainer.run())
+        weights = {name: array.tobytes() for name, array in model.state_dict().items()}
+        runs.append((trainer.losses, trainer.evaluations, weights))
+    assert runs[0] == runs[1]
+
+
+def test_the_length_of_the_gradient_is_taken_with_the_threads_of_the_settings(monkeypatch):
+    seen = []
+
+    def watched(*arguments):
+        seen.extend(blas["num_threads"] for blas in threadpool_info() if blas["user_api"] == "blas")
+        return clip_grad_norm_(*arguments)
+
+    monkeypatch.setattr(train, "clip_grad_norm_", watched)
+    with threadpool_limits(1, "blas"):
+        make_trainer(replace(SETTINGS, threads=2)).training_step()
+    assert set(seen) == {2}
 
 
 def test_steps_may_be_raised_but_not_lowered():
@@ -197,6 +253,42 @@ def test_training_stops_when_validation_no_longer_improves(losses, patience, sto
     assert same.finished and not list(same.run())
     longer = Trainer.resume(state, TOKENS[:500], TOKENS[500:], steps=20, patience=9)
     assert not longer.finished and next(longer.run()).step == stops + 1
+
+
+def loss_of(model):
+    return evaluate(model, TOKENS[500:], SETTINGS.context, SETTINGS.batch_size, 2)
+
+
+def test_patience_keeps_the_best_weights_and_so_does_a_state():
+    too_fast = {"lr": 0.2, "min_lr": 0.2, "warmup_steps": 10}
+    settings = replace(SETTINGS, steps=60, eval_interval=1, patience=4, **too_fast)
+    trainer = make_trainer(settings)
+    states = {r.step: copy.deepcopy(trainer.state_dict()) for r in trainer.run()}
+    best, lowest = trainer.best
+    assert 0 < best == trainer.step - 4
+    assert loss_of(trainer.best_model()) == lowest < loss_of(trainer.model)
+    for step in (best - 1, best, best + 2):  # from before, at, and after the best
+        resumed = Trainer.resume(states[step], TOKENS[:500], TOKENS[500:])
+        assert loss_of(resumed.best_model()) == resumed.best[1]
+        list(resumed.run())
+        assert resumed.best == trainer.best and loss_of(resumed.best_model()) == lowest
+
+
+@pytest.mark.parametrize("stop", [3, 10])
+def test_patience_counts_from_the_step_on_where_it_is_given(stop):
+    trainer = make_trainer(replace(SETTINGS, steps=14, eval_interval=2))
+    next(report for report in trainer.run() if report.step == stop)
+    assert trainer.best_weights is None and trainer.best_model() is trainer.model
+    trainer.evaluations[1] = (2, 0.0)  # the lowest: its weights are gone
+    state = copy.deepcopy(trainer.state_dict())
+    resumed = Trainer.resume(state, TOKENS[:500], TOKENS[500:], steps=40, patience=1)
+    for report in resumed.run():
+        if report.val_loss is not None:
+            assert loss_of(resumed.best_model()) == resumed.best[1]
+    assert resumed.best[0] >= stop
+    state = copy.deepcopy(resumed.state_dict())
+    again = Trainer.resume(state, TOKENS[:500], TOKENS[500:])
+    assert again.best == resumed.best and loss_of(again.best_model()) == again.best[1]
 
 
 def test_validation_leaves_no_trace():

@@ -2,12 +2,15 @@
 
 Python runs one thread at a time, but NumPy lets the others go on while it computes. So the whole
 step runs in parallel, not only the matrix products that BLAS can share out, and the threads wait
-for each other once in a step instead of once in every product. BLAS itself then gets one thread.
+for each other once in a step instead of once in every product. BLAS itself then gets one thread;
+where there is nothing to share out, it gets all of them. It never chooses a number by itself, from
+the machine or OPENBLAS_NUM_THREADS: other sums of the same numbers would have other last bits.
 """
 
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -27,11 +30,19 @@ def default_threads() -> int:
     return min(cores or 1, 4)
 
 
+def blas() -> str:
+    """What multiplies NumPy's matrices, and for which processor: "openblas 0.3.30 Haswell"."""
+    found = ThreadpoolController().select(user_api="blas").info()
+    names = ("internal_api", "version", "architecture")
+    return ", ".join(" ".join(str(one.get(name)) for name in names) for one in found) or "unknown"
+
+
 class Shards:
     """Shares out the rows of a batch among `threads` threads.
 
     The sums are taken in the same order every time: the same number of threads gives the same bits.
-    A model with dropout, in training, runs on one thread: its masks come from one random stream.
+    A model with dropout, in training, runs on one thread, since its masks come from one random
+    stream, and so does a single row: BLAS has `threads` then.
     Each further thread holds gradients of its own while it computes, as large as the weights.
     """
 
@@ -41,6 +52,10 @@ class Shards:
         self.threads = threads
         self._pool = ThreadPoolExecutor(threads, "shard") if threads > 1 else None
         self._blas = ThreadpoolController()
+
+    def limited(self) -> AbstractContextManager:
+        """In the block BLAS has `threads` threads, whatever it had before."""
+        return self._blas.limit(limits=self.threads, user_api="blas")
 
     def loss(self, model: GPT, ids: NDArray, targets: NDArray) -> float:
         """model.loss(ids, targets), both (B, T), as a number and without a graph."""
@@ -79,7 +94,8 @@ class Shards:
         draws_masks = model.training and any(map(model.cfg.dropout, ("emb", "attn", "shortcut")))
         shares = _shares(targets, 1 if draws_masks else self.threads)
         if len(shares) == 1:
-            return [shard(ids, targets, whole)]
+            with self.limited():
+                return [shard(ids, targets, whole)]
         reading = backend.current.reading  # of this thread: the others follow it
 
         def run(share):

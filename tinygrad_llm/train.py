@@ -21,9 +21,9 @@ from .generate import evaluating
 from .gpt import GPT, GPTConfig
 from .nn import no_init
 from .optim import AdamW, clip_grad_norm_, decay_groups, warmup_cosine
-from .parallel import Shards, default_threads
+from .parallel import Shards, blas, default_threads
 
-STATE_VERSION = 2  # of Trainer.state_dict
+STATE_VERSION = 3  # of Trainer.state_dict
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class TrainSettings:
     eval_interval   steps from one validation loss to the next
     eval_batches    batches of validation text, at most, for one validation loss
     patience        validation losses in a row that may be no better than the best before training
-                    stops; None: it never does
+                    stops, its weights kept beside the last ones; None: it never does
     recompute       compute activations again in backward instead of keeping them
     seed            of the order in which windows are drawn
-    threads         that share out the rows of a batch; the same number repeats a run bit for bit;
-                    with dropout only one is used
+    threads         that share out the rows of a batch, or, where they cannot (one row, dropout),
+                    BLAS's; the same number repeats a run bit for bit
     """
 
     steps: int
@@ -107,7 +107,7 @@ class Report:
     grad_norm       length of the gradient before it was clipped
     tokens          that training has seen so far
     seconds         that the step took
-    best            whether val_loss is below all earlier ones
+    best            whether val_loss is below all earlier ones that count
     """
 
     step: int
@@ -135,6 +135,8 @@ class Trainer:
 
     `step` counts the updates done. `losses` has the training loss of each, `evaluations` the pairs
     (step, validation loss), `grad_norm` the length of the last gradient before it was clipped.
+    With patience, validation losses count from the step on at which it was first given, and
+    `best_weights` is a copy of the state dict that had the lowest one; without, it is None.
     Raises ValueError if the context is longer than the model's or a text shorter than one window,
     IndexError for token ids that the model does not have.
     """
@@ -156,13 +158,14 @@ class Trainer:
         self.step, self.grad_norm = 0, math.nan
         self.losses: list[float] = []
         self.evaluations: list[tuple[int, float]] = []
+        self.counts_from = 0
+        self.best_weights: dict[str, np.ndarray] | None = None
 
     def run(self) -> Iterator[Report]:
         """Trains until `finished` and yields a Report after each step, and before the first.
 
-        Between two reports all is in order: the caller may save the state, or leave the loop. When
-        patience has ended the run, the model has its last weights, not its best: who wants those
-        saves them at each report that is the `best`.
+        Between two reports all is in order: the caller may save the state, or leave the loop. The
+        model has its last weights, also when patience has ended the run: see `best_model`.
         Raises FloatingPointError for a loss or gradient that is nan or infinite, before the update.
         """
         if not self.evaluations:
@@ -179,7 +182,8 @@ class Trainer:
     def training_step(self) -> float:
         """One update of the weights; returns the loss before it."""
         s, (ids, targets) = self.settings, next(self.batches)  # each (accumulate * B, T)
-        with np.errstate(all="ignore"):  # nan and infinity are looked for below
+        # Also the length of the gradient has other last bits with another number of BLAS threads.
+        with np.errstate(all="ignore"), self.shards.limited():  # nan is looked for below
             loss = self.shards.backward(self.model, ids, targets, s.accumulate)
             self.grad_norm = clip_grad_norm_(self.model.parameters(), s.grad_clip)
             self._check_finite(loss, self.grad_norm)
@@ -192,16 +196,22 @@ class Trainer:
 
     @property
     def best(self) -> tuple[int, float]:
-        """Step and value of the lowest validation loss so far, the first one of equals."""
-        return min(self.evaluations, key=lambda evaluation: evaluation[1])
+        """Step and value of the lowest validation loss that counts, the first one of equals."""
+        return min(self._counted(), key=lambda evaluation: evaluation[1])
+
+    def best_model(self) -> GPT:
+        """With patience, a copy of the model as it was at its `best`; without, the model itself."""
+        if self.best_weights is None:
+            return self.model
+        return _model(self.model.cfg, self.best_weights)
 
     @property
     def out_of_patience(self) -> bool:
         """Whether `patience` validation losses in a row were no better than the best."""
-        if self.settings.patience is None or not self.evaluations:
+        counted = self._counted()
+        if self.settings.patience is None or not counted:
             return False
-        since = len(self.evaluations) - 1 - self.evaluations.index(self.best)
-        return since >= self.settings.patience
+        return len(counted) - 1 - counted.index(self.best) >= self.settings.patience
 
     @property
     def finished(self) -> bool:
@@ -213,11 +223,20 @@ class Trainer:
         s = self.settings
         return warmup_cosine(self.step + 1, s.steps, s.warmup_steps, s.lr, minimum=s.min_lr)
 
+    def _counted(self) -> list[tuple[int, float]]:
+        return [evaluation for evaluation in self.evaluations if evaluation[0] >= self.counts_from]
+
     def _report(self, evaluate: bool, **measured: float) -> Report:
         val_loss = self._validate() if evaluate else None
         best = evaluate and self.best[0] == self.step
+        if best:
+            self._keep_weights()
         tokens = self.step * self.settings.tokens_per_step
         return Report(self.step, val_loss=val_loss, best=best, tokens=tokens, **measured)
+
+    def _keep_weights(self) -> None:
+        if self.settings.patience is not None:
+            self.best_weights = _copied(self.model.state_dict())
 
     def _validate(self) -> float:
         s = self.settings
@@ -252,12 +271,15 @@ class Trainer:
             "fingerprint": self.fingerprint,
             "settings": asdict(self.settings),
             "model": self.model.state_dict(),
+            "frozen": [n for n, p in self.model.named_parameters() if not p.requires_grad],
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "windows": self.windows.get_state(),
             "dropout": self.dropout.get_state(),
             "losses": np.array(self.losses, np.float64),
             "evaluations": np.array(self.evaluations, np.float64).reshape(-1, 2),
+            "counts_from": self.counts_from,
+            "best_weights": self.best_weights,
         }
 
     @classmethod
@@ -273,11 +295,15 @@ class Trainer:
 
         With more `steps` it goes on for longer, on the learning rates of the longer schedule, and
         with another `patience` it stops at another time; otherwise every number is what it would
-        have been without the interruption.
+        have been without the interruption. A patience that it did not have before counts from here
+        on: the weights of earlier validation losses are gone.
         Raises ValueError for fewer steps than before, other tokens, or a state that does not fit.
         """
         if state.get("version") != STATE_VERSION:
-            raise ValueError("this training state is of another version of the library")
+            raise ValueError(
+                "this training state is of another version of the library, and cannot go on with "
+                "this one: its model can still be used; start a new run"
+            )
         settings = TrainSettings(**state["settings"])
         steps = settings.steps if steps is None else steps
         patience = settings.patience if patience is None else patience
@@ -290,21 +316,28 @@ class Trainer:
                 f"this run was trained on {state['n_tokens']} tokens, not on {len(train_tokens)}: "
                 "give it the same ones to go on"
             )
-        with no_init():
-            model = GPT(GPTConfig.from_dict(state["config"]))
+        model = _model(GPTConfig.from_dict(state["config"]), state["model"])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in state["frozen"])
         settings = replace(settings, steps=steps, patience=patience)
         trainer = cls(model, train_tokens, val_tokens, settings)
         if trainer.fingerprint != state["fingerprint"]:
             raise ValueError(
                 "this run was trained on other tokens, as many as these: give it the same ones"
             )
-        model.load_state_dict(state["model"])
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.windows.set_state(state["windows"])
         trainer.dropout.set_state(state["dropout"])
         trainer.step = state["step"]
         trainer.losses = state["losses"].tolist()
         trainer.evaluations = [(int(step), loss) for step, loss in state["evaluations"].tolist()]
+        trainer.counts_from = state["counts_from"]
+        if state["best_weights"] is not None:
+            trainer.best_weights = _copied(state["best_weights"])
+        elif patience is not None and trainer.evaluations:  # it is new
+            trainer.counts_from = trainer.step
+            if trainer.evaluations[-1][0] == trainer.step:
+                trainer._keep_weights()
         return trainer
 
 
@@ -325,7 +358,7 @@ def evaluate(
     windows = Windows(tokens, context, stride=context)
     count = len(windows) if max_batches is None else min(len(windows), max_batches * batch_size)
     chosen = np.arange(count) * len(windows) // count
-    shards, total = shards or Shards(1), 0.0
+    shards, total = shards or Shards(default_threads()), 0.0
     with evaluating(model):
         for start in range(0, count, batch_size):
             ids, targets = windows.batch(chosen[start : start + batch_size])  # each (B, T)
@@ -370,7 +403,22 @@ def _losses(perplexities):
 
 def versions() -> dict[str, str]:
     """Of what may change a result in its last bits."""
-    return {"tinygrad_llm": __version__, "numpy": np.__version__}
+    return {"tinygrad_llm": __version__, "numpy": np.__version__, "BLAS": blas()}
+
+
+def _model(config: GPTConfig, weights: dict[str, np.ndarray]) -> GPT:
+    """The model with copies of these weights, in their dtypes. Raises ValueError for others."""
+    with no_init():
+        model = GPT(config)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in weights:
+            tensor.data = np.empty(tensor.shape, weights[name].dtype)
+    model.load_state_dict(weights)
+    return model
+
+
+def _copied(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: array.copy() for name, array in weights.items()}
 
 
 def _fingerprint(*texts: ArrayLike) -> str:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, fields
 from math import isfinite
 from pathlib import Path
@@ -32,11 +31,15 @@ class Log:
     def __init__(self, directory: Path, last_step: int, tensorboard: bool = False):
         """Goes on after `last_step`: what stands there of later steps is dropped.
 
+        `damage` says in a line what is missing before, and where the file is as it was; or is None.
         Raises OSError if it cannot be written, ValueError as summary_writer does.
         """
         self.path = directory / LOG
         writer = summary_writer() if tensorboard else None
-        before = [line for line in self._lines() if line["step"] <= last_step]
+        lines, unreadable = self._read()
+        before = [line for line in lines if line["step"] <= last_step]
+        missing = last_step + 1 - len({line["step"] for line in before})
+        self.damage = self._damage(unreadable, missing) if unreadable or missing else None
         with atomic_write(self.path) as file:
             file.writelines(_encoded(line) for line in before)
         self._file = open(self.path, "ab")  # noqa: SIM115  open as long as the run
@@ -64,7 +67,7 @@ class Log:
     def reports(self) -> list[Report]:
         """All steps so far."""
         names = {field.name for field in fields(Report)}
-        lines = self._lines()
+        lines, _ = self._read()
         return [Report(**{k: v for k, v in line.items() if k in names}) for line in lines]
 
     def close(self) -> None:
@@ -72,20 +75,22 @@ class Log:
         if self._events is not None:
             self._events.close()
 
-    def _lines(self) -> Iterator[dict[str, Any]]:
-        """The lines up to the first that is none: a kill may have cut the last one."""
-        try:
-            content = self.path.read_bytes()
-        except FileNotFoundError:
-            return
-        for line in content.splitlines():
-            try:
-                found = json.loads(line)
-            except ValueError:
-                return
-            if not _is_line(found):
-                return
-            yield found
+    def _read(self) -> tuple[list[dict[str, Any]], int]:
+        """The lines, and how many cannot be read, but for the last one: a kill may have cut it."""
+        content = self.path.read_bytes() if self.path.exists() else b""
+        found = [_decoded(line) for line in content.splitlines()]
+        if found and found[-1] is None:
+            found.pop()
+        return [line for line in found if line is not None], found.count(None)
+
+    def _damage(self, unreadable: int, missing: int) -> str:
+        """Keeps a copy of a log with unreadable lines, which the new one leaves out."""
+        said = f"{self.path} lacks {missing} of the steps so far"
+        if not unreadable:
+            return said
+        kept = free_name(self.path.with_name(f"{LOG}.damaged"))
+        shutil.copyfile(self.path, kept)
+        return f"{said}: {unreadable} of its lines cannot be read; as it was, it is in {kept}"
 
     def _add_events(self, line: dict[str, Any]) -> None:
         for name, tag in SCALARS.items():
@@ -93,9 +98,21 @@ class Log:
                 self._events.add_scalar(tag, line[name], line["step"])
 
 
-def _is_line(found: Any) -> bool:
+def free_name(path: Path) -> Path:
+    """The path, with its last suffix once more for as long as there is such a file."""
+    while path.exists():
+        path = path.with_name(path.name + path.suffix)
+    return path
+
+
+def _decoded(line: bytes) -> dict[str, Any] | None:
+    """The numbers in a line; None if it cannot be read."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
     numbers = isinstance(found, dict) and all(isinstance(v, int | float) for v in found.values())
-    return numbers and "step" in found
+    return found if numbers and "step" in found else None
 
 
 def _encoded(line: dict[str, Any]) -> bytes:

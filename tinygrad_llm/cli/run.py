@@ -5,7 +5,7 @@ import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -35,11 +35,12 @@ from ..tokenizer import (
 )
 from ..train import Trainer, TrainSettings, versions
 from .errors import user_input
-from .log import EVENTS, LOG, Log
+from .log import EVENTS, LOG, Log, free_name
 from .screen import Screen, typed
 
 TOKENS = "tokens.npy"  # the encoded text, so that --resume needs no other file
 PLOT = "loss.png"
+LOCK = ".lock"  # beside the checkpoints: its owner alone writes to the directory
 INCOMPLETE = ".incomplete"  # in a directory whose run has no checkpoint yet
 RESULTS = (CONFIG, WEIGHTS, LOG, TOKENS, PLOT, *FILES)  # all files that a run writes
 VALIDATION_PART = 0.1  # of the text, at its end
@@ -56,20 +57,19 @@ class Run:
     options: dict[str, Any]
     prompt: str  # the samples continue it
     log: Log
+    lock: BinaryIO
 
     def save(self) -> None:
-        """The model, and last the checkpoint: it alone decides where --resume goes on.
-
-        With patience, the model that is saved is the one with the lowest validation loss so far.
-        """
-        trainer, step = self.trainer, self.trainer.step
-        best = not trainer.evaluations or trainer.best[0] == step
-        state = {"trainer": trainer.state_dict(), "options": self.options}
+        """The model, and last the checkpoint: it alone decides where --resume goes on."""
+        state = {"trainer": self.trainer.state_dict(), "options": self.options}
         with user_input():
             self.log.sync()
-            if best or trainer.settings.patience is None:
-                save_model(trainer.model, self.directory, self.tokenizer)
-            save_checkpoint(self.directory, step, state, self.options["keep"])
+            self.save_model()
+            save_checkpoint(self.directory, self.trainer.step, state, self.options["keep"])
+
+    def save_model(self) -> None:
+        """The model as it is now; with patience, as it was at its best, which checkpoints know."""
+        save_model(self.trainer.best_model(), self.directory, self.tokenizer)
 
     def resume_command(self) -> str:
         return f"{typed()} train --out {shlex.quote(str(self.directory))} --resume"
@@ -113,13 +113,15 @@ def new_run(
     trainer = Trainer(model, train_tokens, val_tokens, settings)
 
     directory = _made_directory(out)
+    lock = _locked(directory)
+    _check_free(directory)  # another process may have had it in the meantime
     try:
         (directory / INCOMPLETE).touch()
         if not prepared:
             write_tokens(directory / TOKENS, tokens)
         log = Log(directory, -1, tensorboard)
         prompt = _first_words(tokens, tokenizer)
-        run = Run(directory, trainer, tokenizer, options, prompt, log)
+        run = Run(directory, trainer, tokenizer, options, prompt, log, lock)
         run.save()
         (directory / INCOMPLETE).unlink()
     except BaseException:  # a full disk, Ctrl-C: half a run would stand in the way of the next
@@ -275,6 +277,32 @@ def _made_directory(out: Path | None) -> Path:
             number += 1
 
 
+def _locked(directory: Path) -> BinaryIO:
+    """A file that this process alone has as long as it is open. The system closes it after a kill.
+
+    Raises ValueError if another process has it. A file system without locks gives it to everyone.
+    """
+    path = directory / CHECKPOINTS / LOCK
+    path.parent.mkdir(exist_ok=True)
+    file = open(path, "ab")  # noqa: SIM115  open as long as the run
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(
+            f"another process trains in {directory}: wait for its end, or stop it first"
+        ) from None
+    except OSError:  # no locks here
+        pass
+    return file
+
+
 def _remove_results(directory: Path) -> None:
     for path in (*checkpoints(directory), *(directory / name for name in RESULTS)):
         path.unlink(missing_ok=True)
@@ -299,7 +327,9 @@ def resumed_run(
 
     `given` are the options on the command line: those that shape the run must be as they were.
     """
-    path = _checkpoint(out, name)
+    _checkpoint(out, name)  # a directory without any is left as it is
+    lock = _locked(out)
+    path = _checkpoint(out, name)  # of a process that has ended since, perhaps
     state = _whole_state(path)
     if not {"options", "trainer"} <= state.keys():
         raise ValueError(f"{path} was not saved by this command: it cannot go on")
@@ -314,7 +344,6 @@ def resumed_run(
     train_tokens, val_tokens = train_val_split(tokens, VALIDATION_PART, saved["context"])
     _check_steps(out, state["trainer"], steps)
     trainer = Trainer.resume(state["trainer"], train_tokens, val_tokens, steps, patience)
-    _check_not_finished(out, trainer)
     tokenizer = load_tokenizer(out, trainer.model)
     if (before := state["trainer"]["versions"]) != versions():
         screen.say(
@@ -322,10 +351,16 @@ def resumed_run(
             "its numbers may differ in the last digits"
         )
 
-    _set_later_aside(out, path)
+    _set_later_aside(out, path, screen)
     _remove_strays(out)
     log = Log(out, trainer.step if trainer.evaluations else -1, tensorboard)
-    return Run(out, trainer, tokenizer, saved, _first_words(tokens, tokenizer), log)
+    if log.damage:
+        screen.say(log.damage)
+    run = Run(out, trainer, tokenizer, saved, _first_words(tokens, tokenizer), log, lock)
+    run.save_model()  # that of a later checkpoint may be there, or none
+    if trainer.finished:
+        screen.say(_was_finished(trainer))
+    return run
 
 
 def _checkpoint(out: Path | None, name: str | None) -> Path:
@@ -395,16 +430,13 @@ def _check_steps(out: Path, state: dict[str, Any], steps: int | None) -> None:
         raise ValueError(f"--steps {steps} is less than the {total} of the run in {out}: raise it")
 
 
-def _check_not_finished(out: Path, trainer: Trainer) -> None:
+def _was_finished(trainer: Trainer) -> str:
     if trainer.out_of_patience:
-        raise ValueError(
-            f"the run in {out} has stopped early after {trainer.step} steps, its validation loss "
+        return (
+            f"this run has stopped early after {trainer.step} steps already, its validation loss "
             f"was lowest after {trainer.best[0]}: raise --patience to go on"
         )
-    if trainer.finished:
-        raise ValueError(
-            f"the run in {out} has done its {trainer.step} steps: raise --steps to go on"
-        )
+    return f"this run has done its {trainer.step} steps already: raise --steps to go on"
 
 
 def _shown(value: Any) -> str:
@@ -413,14 +445,12 @@ def _shown(value: Any) -> str:
     return (" ".join(value) or "none") if isinstance(value, list) else str(value)
 
 
-def _set_later_aside(out: Path, path: Path) -> None:
+def _set_later_aside(out: Path, path: Path, screen: Screen) -> None:
     """Checkpoints after the one to go on from get another name: they are no longer the newest."""
     for later in checkpoints(out):
         if step_of(later) > step_of(path):
-            aside = later.with_name(f"{later.name}.aside")
-            while aside.exists():
-                aside = aside.with_name(f"{aside.name}.aside")
-            later.rename(aside)
+            aside = later.rename(free_name(later.with_name(f"{later.name}.aside")))
+            screen.say(f"set aside, until you delete it: {aside}")
 
 
 def _remove_strays(out: Path) -> None:

@@ -107,7 +107,8 @@ def train(
         int | None,
         option(
             "Stop after so many validation losses in a row that are no better than the best; "
-            "the model that is saved is the best one.",
+            "the model that is saved is the best one. First given with --resume, it counts from "
+            "there on.",
             TRAINING,
             min=1,
         ),
@@ -133,11 +134,20 @@ def train(
     ] = None,
     resume: Annotated[
         bool,
-        option("Go on with the run in --out; --steps may be raised.", RUN, "--resume"),
+        option(
+            "Go on with the run in --out; --steps may be raised. Of a run that is done, it writes "
+            "what is missing.",
+            RUN,
+            "--resume",
+        ),
     ] = False,
     resume_from: Annotated[
         str | None,
-        option("Go on from an earlier checkpoint than the newest.", RUN, metavar="step-00000600"),
+        option(
+            "Go on from an earlier checkpoint than the newest; later ones are renamed, and stay.",
+            RUN,
+            metavar="step-00000600",
+        ),
     ] = None,
     keep: Annotated[int, option("Checkpoints that are kept, the last ones.", RUN, min=1)] = 3,
     tensorboard: Annotated[

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import numpy as np
+
 from .. import backend, random
 from ..tensor import (
     Tensor,
@@ -30,8 +32,9 @@ def recompute(function: Callable, *inputs, generator: random.Generator | None = 
                 second time it draws the same numbers, and then goes on where it was
 
     The function must do the same both times. Raises TypeError if it does not return a Tensor,
-    ValueError if it uses the result of an op outside that needs a gradient and is no input, and
-    RuntimeError in a backward pass that is itself recorded (create_graph).
+    ValueError if it uses the result of an op outside that needs a gradient and is no input;
+    RuntimeError in backward if it has not done the same, or if that pass is itself recorded
+    (create_graph).
     """
     if not is_grad_enabled():
         return function(*inputs)
@@ -60,11 +63,20 @@ class _Call:
         self.state, self.reading = generator.get_state(), backend.current.reading
         self.parameters: list[Tensor] = []
 
-    def gradients(self, gradient, needs: tuple[bool, ...]) -> tuple:
-        """Of the Tensors among the inputs, then of the parameters; None where there is none."""
+    def gradients(self, gradient, first, needs: tuple[bool, ...]) -> tuple:
+        """Of the Tensors among the inputs, then of the parameters; None where there is none.
+
+        first       what the function returned the first time, an array
+        """
         inputs = _cut_off(self.inputs)
         with enable_grad(), backend.using(self.reading), self._same_draws():
             y = self.function(*inputs)
+        same = np.array_equal(y.data, first) or np.array_equal(y.data, first, equal_nan=True)
+        if not same:  # the first comparison is the faster one
+            raise RuntimeError(
+                "recompute: the function did not return the same again; name the generator that it "
+                "draws from, and change nothing that it uses before backward"
+            )
         found = leaf_gradients(y, gradient)
         wanted = [found.get(id(x)) for x in [*_tensors(inputs), *self.parameters]]
         return tuple(g.data if g is not None and need else None for g, need in zip(wanted, needs))
@@ -94,7 +106,7 @@ def _tensors(inputs):
 
 
 def _vjp(gradient, y, *arrays, saved, needs):
-    return saved.gradients(gradient, needs)
+    return saved.gradients(gradient, y, needs)
 
 
 def _vjp_on_the_tape(*_, **__):
