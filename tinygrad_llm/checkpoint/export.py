@@ -18,8 +18,9 @@ def export_checkpoint(
 ) -> None:
     """Writes a checkpoint into a new directory, with the tokenizer's files, if there are any.
 
-    All of config.json is kept but the dtype. All files come, or none. Raises ValueError if the directory exists and is not empty, if the source is no
-    GPT-2 or the arguments are not as in `save_model`, OSError if nothing can be written.
+    All of config.json is kept but the dtype. All files come, or none. Raises ValueError if
+    the directory exists and is not empty, if the source is no GPT-2 or the arguments are not as in
+    `save_model`, OSError if the files cannot be written.
     """
     dtype, limit = weights_dtype(dtype), size_in_bytes(max_shard_size)
     source, directory = open_checkpoint(name_or_dir), Path(directory)

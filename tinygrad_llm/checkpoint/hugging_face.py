@@ -97,9 +97,19 @@ def open_checkpoint(name_or_dir: str | Path) -> Checkpoint:
     """
     directory = find_model(name_or_dir)
     _must_exist(directory)
-    config, stored = while_unreplaced(
-        directory / CONFIG, lambda file: (_read_config(Path(file.name)), read_weights(directory))
-    )
+    path = directory / CONFIG
+    try:
+        config, stored = while_unreplaced(
+            path, lambda _: (_read_config(path), read_weights(directory))
+        )
+    except FileNotFoundError as error:
+        if error.filename != str(path):
+            raise
+        if complaint := other_format(directory):
+            raise ValueError(complaint) from None
+        raise FileNotFoundError(
+            f"{directory} has no {CONFIG}: expected a checkpoint directory, as training makes it"
+        ) from None
     stored = _with_full_names(directory, stored)
     try:
         cfg = _config_from_hugging_face(config)
@@ -205,12 +215,6 @@ def _must_exist(directory: Path) -> None:
         raise ValueError(convert(str(directory)))
     if not directory.is_dir():
         raise ValueError(f"{directory} is a file: expected a checkpoint directory")
-    if not (directory / CONFIG).exists():
-        if complaint := other_format(directory):
-            raise ValueError(complaint)
-        raise FileNotFoundError(
-            f"{directory} has no {CONFIG}: expected a checkpoint directory, as training makes it"
-        )
 
 
 # --- config.json ----------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class OpenFile(io.FileIO):
     """A file that stays the same one when another takes its name. Closes itself when let go."""
 
     def __init__(self, path: Path):
-        super().__init__(path)
+        super().__init__(str(path))
         self._lock = threading.Lock()
 
     def __del__(self):

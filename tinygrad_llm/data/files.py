@@ -32,7 +32,7 @@ class NewFile:
         # A part of the name: it may have all of the 255 bytes that a name can have.
         self.temporary = path.with_name(f".{path.name[-50:]}.{os.getpid()}.tmp")
         with self._by_its_users_name():
-            self.file = _without_name(path.parent) or open(self.temporary, "w+b")
+            self.file = _without_name(path.parent) or open(self.temporary, "w+b")  # noqa: SIM115
 
     def write_through(self) -> None:
         self.file.flush()

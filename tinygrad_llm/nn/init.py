@@ -19,7 +19,7 @@ _skipping = _Skipping()
 def no_init() -> Iterator[None]:
     """Layers made inside draw no weights: for a model that is about to be loaded.
 
-    What would have been drawn is whatever the memory holds, as with NumPy's empty: such memory costs
+    What would have been drawn is whatever the memory holds, as with NumPy's empty: this costs
     nothing until it is written to.
     """
     before, _skipping.on = _skipping.on, True
