@@ -186,6 +186,12 @@ def test_older_checkpoints_go_when_the_newer_one_is_on_the_disk(tmp_path, monkey
     ]
 
 
+def test_a_file_that_is_begun_holds_no_other_up(tmp_path):
+    with files.atomic_write(tmp_path / "a"):
+        write_tokens(tmp_path / "b", [1])
+        assert (tmp_path / "b").exists() and not (tmp_path / "a").exists()
+
+
 def test_files_that_come_together_or_not_at_all(tmp_path):
     (tmp_path / "a").write_bytes(b"old")
     with pytest.raises(ZeroDivisionError), files.together():

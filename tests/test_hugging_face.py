@@ -361,6 +361,33 @@ def test_saves_between_the_files_of_a_reader(tmp_path, monkeypatch, times, sizes
             assert opens() in (OLD, NEW)
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_shards_and_their_index_belong_together(tmp_path, monkeypatch, times):
+    """Whatever becomes of config.json."""
+    models = [make_model(seed=seed) for seed in (1, 5)]
+    for model, name in zip(models, ("old", "new")):
+        model.save_pretrained(tmp_path / name)
+    old, new = (open_checkpoint(tmp_path / name).tensors for name in ("old", "new"))
+    (tmp_path / "shards").mkdir()
+
+    def save(tensors):
+        shards_.write_weights(tmp_path / "shards", tensors, np.dtype(np.float32), 5000)
+
+    save(old)
+    saves, reads, read_header = [new, old][:times], count(1), shards_.read_header
+
+    def read(path):
+        if next(reads) == 2:
+            for tensors in saves:
+                save(tensors)
+        return read_header(path)
+
+    monkeypatch.setattr(shards_, "read_header", read)
+    found, expected = shards_.read_weights(tmp_path / "shards"), saves[-1]
+    assert next(reads) > 5  # the shard that was opened first has been opened again
+    assert all(np.array_equal(found[name][:], expected[name][:]) for name in expected)
+
+
 def test_models_that_are_read_while_others_are_saved(tmp_path):
     save_old, save_new, opens = two_saves(tmp_path, HEADS, sizes=(None, "5KB"))
     save_old()

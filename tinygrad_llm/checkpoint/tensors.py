@@ -49,12 +49,14 @@ class OpenFile(io.FileIO):
 
     def fill(self, out: np.ndarray, start: int) -> None:
         """Reads bytes from `start` on into a contiguous array. Raises ValueError if it ends."""
-        out = out.reshape(-1).view(np.uint8)
+        rest = memoryview(out.reshape(-1).view(np.uint8))
         with self._lock:
             self.seek(start)
-            n = self.readinto(out)
-        if n < len(out):
-            raise ValueError(f"{self.name} was cut short while it was read: read it again")
+            while rest:  # systems read some 2 GB at most
+                n = self.readinto(rest)
+                if n == 0:
+                    raise ValueError(f"{self.name} was cut short while it was read: read it again")
+                rest = rest[n:]
 
     def has_its_name(self) -> bool:
         """Whether its path still leads to it, and not to a newer file or to none."""

@@ -83,8 +83,9 @@ class Removal:
 
     def take_place(self) -> None:
         for path in self.paths:
-            path.unlink(missing_ok=True)
-            sync_folder(path.parent)
+            with suppress(FileNotFoundError):
+                path.unlink()
+                sync_folder(path.parent)
 
     discard = give_name
 
@@ -94,7 +95,7 @@ def together() -> Iterator[list[NewFile | Removal]]:
     """What `atomic_write` and `remove` do inside is done when the block ends, in the same order, or
     not at all if there is an error: by then, all new files are complete on the disk.
 
-    Yields what is to be done so far. A block inside another is a part of it.
+    Yields what is to be done so far. A block inside another is a part of it. Each file once.
     """
     if _current.changes is not None:
         yield _current.changes
@@ -124,14 +125,14 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         raise IsADirectoryError(f"{path} is a folder: give the path of a file to write")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
+    new = NewFile(path)
+    try:
+        yield new.file
+        new.write_through()
+    except BaseException:
+        new.discard()
+        raise
     with together() as changes:
-        new = NewFile(path)
-        try:
-            yield new.file
-            new.write_through()
-        except BaseException:
-            new.discard()
-            raise
         changes.append(new)
 
 
