@@ -377,8 +377,7 @@ def test_parameters_of_every_size(name):
 
 
 def test_parameters_of_a_block():
-    with nn.no_init():
-        block = nn.TransformerBlock(768, 12, 1024)
+    block = nn.TransformerBlock(768, 12, 1024)
     assert count(block.att.qkv) == 3 * 589_824 == 1_769_472 and count(block.att.out_proj) == 590_592
     assert (count(block.ff.up), count(block.ff.down)) == (2_362_368, 2_360_064)
     assert count(block.norm1, block.norm2) == 3_072

@@ -1,6 +1,8 @@
 """Corpora, token files, windows and batches: the numbers of the book, the laws, bad input."""
 
 import os
+import stat
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinygrad_llm import random
+from tinygrad_llm.checkpoint import save_checkpoint
 from tinygrad_llm.data import (
     DataLoader,
     RandomBatches,
@@ -121,6 +124,91 @@ def test_atomic_write(tmp_path, monkeypatch, without_name):
     with files.atomic_write(longest) as file:
         file.write(b"first")
     assert longest.read_bytes() == b"first"
+
+
+def watch(monkeypatch):
+    """The steps that decide what a power cut leaves, as they are made, in a list."""
+    made = []
+
+    def watched(name, step, describe):
+        def run(*arguments, **options):
+            made.append((name, describe(*arguments)))
+            return step(*arguments, **options)
+
+        monkeypatch.setattr(os, name, run)
+
+    kind = {True: "folder", False: "file"}
+    watched("fsync", os.fsync, lambda fd: kind[stat.S_ISDIR(os.fstat(fd).st_mode)])
+    watched("replace", os.replace, lambda old, new: os.path.basename(new))
+    watched("unlink", os.unlink, os.path.basename)
+    return made
+
+
+def without_temporary(made):
+    return [(name, what) for name, what in made if not what.endswith(".tmp")]
+
+
+ONE = [("fsync", "file"), ("replace", "file"), ("fsync", "folder")]
+
+
+@pytest.mark.parametrize("without_name", [files._without_name, lambda folder: None])
+def test_bytes_are_on_the_disk_before_names_and_names_before_the_end(
+    tmp_path, monkeypatch, without_name
+):
+    monkeypatch.setattr(files, "_without_name", without_name)
+    made = watch(monkeypatch)
+    write_tokens(tmp_path / "file", [1])
+    assert without_temporary(made) == ONE
+    made.clear()
+    with files.together():
+        for name in ("a", "b"):
+            with files.atomic_write(tmp_path / name) as file:
+                file.write(b"new")
+        files.remove(tmp_path / "file")
+        assert not (tmp_path / "a").exists() and (tmp_path / "file").exists()
+    assert without_temporary(made) == [
+        *[("fsync", "file")] * 2,
+        *[("replace", "a"), ("fsync", "folder"), ("replace", "b"), ("fsync", "folder")],
+        *[("unlink", "file"), ("fsync", "folder")],
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_older_checkpoints_go_when_the_newer_one_is_on_the_disk(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"step": step})
+    made = watch(monkeypatch)
+    save_checkpoint(tmp_path, 3, {"step": 3}, keep=1)
+    name = "step-{:08}.safetensors".format
+    assert without_temporary(made) == [
+        *[("fsync", "file"), ("replace", name(3)), ("fsync", "folder")],
+        *[("unlink", name(1)), ("unlink", name(2))],
+    ]
+
+
+def test_a_file_that_is_begun_holds_no_other_up(tmp_path):
+    with files.atomic_write(tmp_path / "a"):
+        write_tokens(tmp_path / "b", [1])
+        assert (tmp_path / "b").exists() and not (tmp_path / "a").exists()
+
+
+def test_files_that_come_together_or_not_at_all(tmp_path):
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(ZeroDivisionError), files.together():
+        with files.atomic_write(tmp_path / "a") as file:
+            file.write(b"new")
+        files.remove(tmp_path / "a")
+        raise ZeroDivisionError
+    with files.together():
+        with suppress(ZeroDivisionError), files.atomic_write(tmp_path / "a") as file:
+            raise ZeroDivisionError  # which leaves out this file alone
+        with files.together(), files.atomic_write(tmp_path / "b") as file:
+            file.write(b"new")
+        assert not (tmp_path / "b").exists()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "a": b"old",
+        "b": b"new",
+    }
 
 
 # Token files

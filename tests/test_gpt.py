@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -157,7 +160,7 @@ def test_known_numbers_of_parameters(name):
 
 
 def test_the_smallest_gpt2_has_as_many_as_its_config_says():
-    with nn.no_init():  # untouched zeros take no memory
+    with nn.no_init():  # untouched memory is none
         model = GPT(GPTConfig.from_name("gpt2"))
     assert model.num_parameters() == model.cfg.num_parameters() == 124_439_808
     assert sum(p.numel() for p in model.blocks[0].parameters()) == 7_085_568 + 3 * 768
@@ -228,14 +231,32 @@ def test_an_untrained_model_knows_nothing():
     assert GPT(TINY).loss(ids, targets).item() == pytest.approx(math.log(TINY.vocab_size), rel=0.02)
 
 
-def test_no_init_leaves_zeros_and_draws_nothing():
+def test_no_init_draws_nothing():
     generator = Generator(3)
     before = generator.get_state()
     with nn.no_init():
         model = GPT(TINY, generator)
     assert generator.get_state() == before
-    assert not model.tok_emb.weight.data.any()
     assert (model.final_norm.weight.data == 1).all()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="Linux counts pages there")
+def test_no_init_touches_no_memory():
+    """In a process whose memory comes fresh from the system."""
+    program = """
+from pathlib import Path
+from tinygrad_llm import nn
+from tinygrad_llm.gpt import GPT, GPTConfig
+def pages():
+    return int(Path("/proc/self/statm").read_text().split()[1])
+before = pages()
+with nn.no_init():
+    model = GPT(GPTConfig.from_name("gpt2"))
+print(pages() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) * os.sysconf("SC_PAGE_SIZE") < 10 * 2**20  # of 498 MB
 
 
 # --- laws -----------------------------------------------------------------------------------------

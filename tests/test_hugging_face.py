@@ -1,15 +1,18 @@
 """Hugging Face both ways: what transformers computes, we compute, from one set of files; models by
 name; shards; dtypes; and nothing lost, whenever a save is interrupted."""
 
+import errno
 import http.server
 import json
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import threading
 from contextlib import suppress
+from itertools import count, product
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,7 @@ from test_checkpoint import (
 )
 
 from tinygrad_llm.checkpoint import INDEX, WEIGHTS, find_model, load_tokenizer, open_checkpoint
+from tinygrad_llm.checkpoint import shards as shards_
 from tinygrad_llm.generate import generate
 from tinygrad_llm.gpt import GPT
 from tinygrad_llm.tokenizer import BPETokenizer
@@ -82,27 +86,30 @@ def test_sizes_in_both_directions(tmp_path, V, T, C, H, L, tie):
 
 def test_full_gpt2_in_both_directions(tmp_path):
     """124M parameters; in a process of their own, reading and writing them takes little more memory
-    than they are."""
+    than they are, whatever their dtype."""
     torch.manual_seed(0)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     program = f"""
+import sys
 import tinygrad_llm.checkpoint
 from tinygrad_llm.gpt import GPT
 def megabytes(of):
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(of)) / 1024
 before = megabytes("VmRSS")
-model = GPT.from_pretrained({str(tmp_path / "theirs")!r})
-weights = 4 * model.num_parameters() / 2**20
+model = GPT.from_pretrained({str(tmp_path / "theirs")!r}, dtype=sys.argv[1])
+weights = sum(p.data.nbytes for p in model.parameters()) / 2**20
 loading = (megabytes("VmHWM") - before) / weights
 model.save_pretrained({str(tmp_path / "ours")!r})
 print(loading, (megabytes("VmHWM") - before) / weights)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    loading, saving = map(float, done.stdout.split())
-    assert 1 <= loading <= 1.3 and saving <= 1.3
+    for dtype in ("bfloat16", "float16", "float32"):  # the last one stays
+        command = [sys.executable, "-c", program, dtype]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        loading, saving = map(float, done.stdout.split())
+        assert 1 <= loading <= 1.3 and saving <= 1.3
     ids = np.array([[15496, 11, 314, 716]])
     ours = GPT.from_pretrained(tmp_path / "theirs").eval()
     expected = torch_logits(theirs, ids)
@@ -152,6 +159,11 @@ def test_the_dtype_of_the_parameters(tmp_path):
     double = GPT.from_pretrained(tmp_path, dtype="float64").eval()
     assert logits(double).dtype == np.float64
     np.testing.assert_allclose(logits(double), logits(model), atol=1e-5)
+    half = GPT.from_pretrained(tmp_path, dtype="float16")
+    for a, b in zip(half.parameters(), model.parameters()):
+        assert a.dtype == np.float16 and np.array_equal(a.data, b.data.astype(np.float16))
+    with pytest.raises(TypeError, match="floating-point numbers, they cannot become int8"):
+        GPT.from_pretrained(tmp_path, dtype="int8")
     double.save_pretrained(tmp_path / "double", dtype="float64")
     assert same_weights(GPT.from_pretrained(tmp_path / "double"), model)
     with pytest.raises(ValueError, match="cannot be written as int8: expected one of float32"):
@@ -198,44 +210,211 @@ def test_no_sizes_of_shards(tmp_path, size):
     assert not list(tmp_path.iterdir())
 
 
+# --- saved over another ---------------------------------------------------------------------------
+
+STEPS = ("replace", "unlink", "link", "fsync")  # of the file system, in os
+OLD, REFUSED, NEW = range(3)
+TOKENIZERS = [BPETokenizer.train(text, 258) for text in ("aaaa", "bbbb")]
+SAME, HEADS = {}, {"n_heads": 2}  # weights of the same names and shapes, either way
+
+
 class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("before", [None, "5KB"])
-@pytest.mark.parametrize("after", [None, "5KB"])
-def test_a_save_that_is_killed_leaves_the_old_or_the_new(tmp_path, monkeypatch, before, after):
-    """Dead before any step of the file system: the k-th one and all that follow do not happen."""
-    old, new = make_model(seed=1), make_model(seed=5)
+def patch_steps(patch, before):
+    """Calls before(name, arguments) before each of these steps."""
+
+    def watched(name, step):
+        def run(*arguments, **options):
+            before(name, arguments)
+            return step(*arguments, **options)
+
+        return run
+
+    for name in STEPS:
+        patch.setattr(os, name, watched(name, getattr(os, name)))
+
+
+def two_saves(directory, config, tokenizers=(None, None), sizes=(None, None)):
+    """Functions that save an old and a new model, and one that says which of them opens."""
+    same = {"vocab_size": 258} if tokenizers[0] else {}
+    models = make_model(seed=1, **same), make_model(seed=5, **same, **config)
+
+    def save(i):
+        return lambda: models[i].save_pretrained(directory, tokenizers[i], max_shard_size=sizes[i])
+
+    def opens():
+        try:
+            found = GPT.from_pretrained(directory)
+        except FileNotFoundError as error:
+            assert "has no config.json" in str(error)
+            return REFUSED
+        (i,) = (i for i in (0, 1) if same_weights(found, models[i]))
+        assert found.cfg == models[i].cfg
+        if tokenizers[i]:
+            assert load_tokenizer(directory, found).token_ids == tokenizers[i].token_ids
+        return (OLD, NEW)[i]
+
+    return save(0), save(1), opens
+
+
+WHOLE, SPLIT = (None, None), ("5KB", "5KB")
+
+
+@pytest.mark.parametrize(
+    "config, tokenizers, sizes",
+    [
+        *[(SAME, (None, None), sizes) for sizes in product((None, "5KB"), repeat=2)],
+        *[(HEADS, (None, None), sizes) for sizes in (WHOLE, SPLIT)],
+        *[(SAME, tokenizers, WHOLE) for tokenizers in (TOKENIZERS, TOKENIZERS[:1] * 2)],
+    ],
+)
+def test_a_save_that_is_killed_leaves_the_old_or_the_new(
+    tmp_path, monkeypatch, config, tokenizers, sizes
+):
+    """Dead before any step of the file system: the k-th one and all that follow do not happen.
+    Another config or tokenizer makes a directory that is refused, never one that is neither."""
     outcomes = []
-    for k in range(100):
+    for k in range(200):
         directory = tmp_path / str(k)
-        old.save_pretrained(directory, max_shard_size=before)
+        save_old, save_new, opens = two_saves(directory, config, tokenizers, sizes)
+        save_old()
         steps = iter(range(k))
 
-        def until_dead(step, steps=steps):
-            def run(*arguments, **options):
-                if next(steps, None) is None:
-                    raise Killed
-                return step(*arguments, **options)
-
-            return run
+        def die(name, arguments, steps=steps):
+            if next(steps, None) is None:
+                raise Killed
 
         with monkeypatch.context() as patch, suppress(Killed):
-            for name in ("replace", "unlink", "link", "fsync"):
-                patch.setattr(os, name, until_dead(getattr(os, name)))
-            new.save_pretrained(directory, max_shard_size=after)
-        found = GPT.from_pretrained(directory)
-        assert same_weights(found, old) or same_weights(found, new)
-        outcomes.append(same_weights(found, new))
+            patch_steps(patch, die)
+            save_new()
+        outcomes.append(opens())
         if next(steps, None) is not None:  # it had more to come than it needed
             break
-        new.save_pretrained(directory, max_shard_size=after)  # goes on from whatever was left
-        assert same_weights(GPT.from_pretrained(directory), new)
-    assert outcomes[-1] and not outcomes[0] and outcomes == sorted(outcomes)
-    assert (len(shards(directory)) == 1) == (after is None)
-    assert (directory / INDEX).exists() == (after is not None)
+        save_new()  # goes on from whatever was left
+        assert opens() == NEW
+    changes = config is HEADS or tokenizers[0] is not tokenizers[1]
+    assert set(outcomes) == ({OLD, REFUSED, NEW} if changes else {OLD, NEW})
+    assert outcomes == sorted(outcomes)
+    assert (len(shards(directory)) == 1) == (sizes[1] is None)
+    assert (directory / INDEX).exists() == (sizes[1] is not None)
     assert not [path for path in directory.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("sizes", [WHOLE, SPLIT])
+def test_a_disk_that_is_full_leaves_everything_as_it_was(tmp_path, monkeypatch, sizes):
+    """Whichever file or name it has no room for."""
+    save_old, save_new, opens = two_saves(tmp_path, HEADS, TOKENIZERS, sizes)
+    save_old()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for k in range(100):
+        steps = iter(range(k))
+
+        def fill_up(name, arguments, steps=steps):
+            takes_room = name == "link" or (
+                name == "fsync" and not stat.S_ISDIR(os.fstat(*arguments).st_mode)
+            )
+            if takes_room and next(steps, None) is None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch_steps(patch, fill_up)
+            try:
+                save_new()
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+            else:
+                break
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert k >= 6 and opens() == NEW
+
+
+@pytest.mark.parametrize("sizes", [(None, None), ("5KB", "5KB"), (None, "5KB")])
+def test_a_checkpoint_that_is_open_stays_what_it_was(tmp_path, sizes):
+    save_old, save_new, _ = two_saves(tmp_path, SAME, sizes=sizes)
+    save_old()
+    opened = open_checkpoint(tmp_path)
+    before = {name: tensor[:] for name, tensor in opened.tensors.items()}
+    save_new()
+    for name, tensor in opened.tensors.items():
+        np.testing.assert_array_equal(tensor[:], before[name])
+
+
+@pytest.mark.parametrize("sizes", [("5KB", "5KB"), ("5KB", None), (None, "5KB")])
+@pytest.mark.parametrize("times", [1, 2])
+def test_saves_between_the_files_of_a_reader(tmp_path, monkeypatch, times, sizes):
+    """Once: a shard is gone. Twice: one of the same name is there, of other weights."""
+    save_old, save_new, opens = two_saves(tmp_path, HEADS, sizes=sizes)
+    for n in range(1, 5):  # before the n-th file with tensors
+        save_old()
+        saves, reads, read_header = [save_new, save_old][:times], count(1), shards_.read_header
+
+        def read(path, saves=saves, reads=reads, read_header=read_header, n=n):
+            if next(reads) == n:
+                for save in saves:
+                    save()
+            return read_header(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(shards_, "read_header", read)
+            assert opens() in (OLD, NEW)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_shards_and_their_index_belong_together(tmp_path, monkeypatch, times):
+    """Whatever becomes of config.json."""
+    models = [make_model(seed=seed) for seed in (1, 5)]
+    for model, name in zip(models, ("old", "new")):
+        model.save_pretrained(tmp_path / name)
+    old, new = (open_checkpoint(tmp_path / name).tensors for name in ("old", "new"))
+    (tmp_path / "shards").mkdir()
+
+    def save(tensors):
+        shards_.write_weights(tmp_path / "shards", tensors, np.dtype(np.float32), 5000)
+
+    save(old)
+    saves, reads, read_header = [new, old][:times], count(1), shards_.read_header
+
+    def read(path):
+        if next(reads) == 2:
+            for tensors in saves:
+                save(tensors)
+        return read_header(path)
+
+    monkeypatch.setattr(shards_, "read_header", read)
+    found, expected = shards_.read_weights(tmp_path / "shards"), saves[-1]
+    assert next(reads) > 5  # the shard that was opened first has been opened again
+    assert all(np.array_equal(found[name][:], expected[name][:]) for name in expected)
+
+
+def test_models_that_are_read_while_others_are_saved(tmp_path):
+    save_old, save_new, opens = two_saves(tmp_path, HEADS, sizes=(None, "5KB"))
+    save_old()
+    found, stop = [], threading.Event()
+
+    def save_on():
+        while not stop.is_set():
+            save_new()
+            save_old()
+
+    thread = threading.Thread(target=save_on)
+    thread.start()
+    try:
+        while not {OLD, NEW} <= set(found) or len(found) < 60:
+            found.append(opens())  # which asserts that it is one of them
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_file_that_is_cut_short_while_it_is_read(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    opened = open_checkpoint(tmp_path)
+    os.truncate(tmp_path / WEIGHTS, 3000)
+    with pytest.raises(ValueError, match=f"{WEIGHTS} was cut short while it was read"):
+        for tensor in opened.tensors.values():
+            tensor[:]
 
 
 def change_index(directory, change):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from numpy.typing import DTypeLike
 
-from ..data.files import atomic_write
+from ..data.files import atomic_write, together
 from .hub import TOKENIZER_FILES
 from .hugging_face import open_checkpoint, weights_dtype, write_config
 from .shards import size_in_bytes, write_weights
@@ -18,18 +18,19 @@ def export_checkpoint(
 ) -> None:
     """Writes a checkpoint into a new directory, with the tokenizer's files, if there are any.
 
-    All of config.json is kept but the dtype. It is written last: before, the directory is no
-    checkpoint yet. Raises ValueError if the directory exists and is not empty, if the source is no
-    GPT-2 or the arguments are not as in `save_model`, OSError if nothing can be written.
+    All of config.json is kept but the dtype. All files come, or none. Raises ValueError if
+    the directory exists and is not empty, if the source is no GPT-2 or the arguments are not as in
+    `save_model`, OSError if the files cannot be written.
     """
     dtype, limit = weights_dtype(dtype), size_in_bytes(max_shard_size)
     source, directory = open_checkpoint(name_or_dir), Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists, and would be overwritten: choose another place")
     directory.mkdir(parents=True, exist_ok=True)
-    write_weights(directory, source.tensors, dtype, limit)
-    for name in TOKENIZER_FILES:
-        if (source.directory / name).exists():
-            with atomic_write(directory / name) as file:
-                file.write((source.directory / name).read_bytes())
-    write_config(directory, source.config, dtype)
+    with together():
+        write_weights(directory, source.tensors, dtype, limit)
+        for name in TOKENIZER_FILES:
+            if (source.directory / name).exists():
+                with atomic_write(directory / name) as file:
+                    file.write((source.directory / name).read_bytes())
+        write_config(directory, source.config, dtype)

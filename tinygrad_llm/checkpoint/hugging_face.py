@@ -1,8 +1,12 @@
 """A model as a directory that Hugging Face's transformers opens too, and back.
 
 config.json and the weights are in the layout of transformers' GPT-2, with the tokenizer's files
-beside them. Each file is replaced as a whole: a temporary file, fsync, rename. Nothing is ever
-pickled.
+beside them. Nothing is ever pickled.
+
+A directory is replaced as a whole, though it is several files. All new ones are complete on the
+disk before the first takes an old one's place. The old config.json goes first, if it or the
+tokenizer changes, and the new one comes last: in between, there is no model that could be opened.
+So who finds the same config.json before and after the weights has what belongs together.
 """
 
 import json
@@ -15,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from ..data.files import atomic_write
+from ..data.files import Removal, atomic_write, together
 from ..gpt import GPT, GPTConfig
-from ..nn import no_init
+from ..nn import Module, no_init
 from ..tokenizer import Tokenizer, load
 from .hub import find_model
 from .shards import (
@@ -29,7 +33,17 @@ from .shards import (
     size_in_bytes,
     write_weights,
 )
-from .tensors import WEIGHT_DTYPES, StoredTensor, copy_tensor, few, line, pieces, read_json, shown
+from .tensors import (
+    WEIGHT_DTYPES,
+    StoredTensor,
+    few,
+    line,
+    pieces,
+    read_json,
+    read_tensor,
+    shown,
+    while_unreplaced,
+)
 
 CONFIG = "config.json"
 
@@ -83,8 +97,20 @@ def open_checkpoint(name_or_dir: str | Path) -> Checkpoint:
     """
     directory = find_model(name_or_dir)
     _must_exist(directory)
-    config = _read_config(directory / CONFIG)
-    stored = _with_full_names(directory, read_weights(directory))
+    path = directory / CONFIG
+    try:
+        config, stored = while_unreplaced(
+            path, lambda _: (_read_config(path), read_weights(directory))
+        )
+    except FileNotFoundError as error:
+        if error.filename != str(path):
+            raise
+        if complaint := other_format(directory):
+            raise ValueError(complaint) from None
+        raise FileNotFoundError(
+            f"{directory} has no {CONFIG}: expected a checkpoint directory, as training makes it"
+        ) from None
+    stored = _with_full_names(directory, stored)
     try:
         cfg = _config_from_hugging_face(config)
         tied = cfg.tie_weights and HEAD not in stored
@@ -104,14 +130,18 @@ def open_checkpoint(name_or_dir: str | Path) -> Checkpoint:
 def load_model(name_or_dir: str | Path, dtype: DTypeLike = "float32") -> GPT:
     """Opens a GPT-2, as `open_checkpoint` finds it, with parameters of this dtype.
 
-    Numbers go from the file's mapped pages straight into the parameters. Raises as open_checkpoint.
+    Numbers go from the file straight into the parameters. Raises as open_checkpoint, and TypeError
+    for what is no floating dtype.
     """
+    dtype = np.dtype(dtype)
+    Module().to(dtype)  # raises TypeError, before a file is opened
     checkpoint = open_checkpoint(name_or_dir)
     with no_init():
-        model = GPT(checkpoint.cfg).to(dtype)
-    for name, array in model.state_dict().items():
+        model = GPT(checkpoint.cfg)
+    for name, parameter in model.named_parameters():
         name = _hugging_face_name(name)
-        copy_tensor(array, checkpoint.tensors[name], bool(TRANSPOSED.search(name)))
+        transposed = bool(TRANSPOSED.search(name))
+        parameter.data = read_tensor(checkpoint.tensors[name], dtype, transposed)
     return model
 
 
@@ -128,15 +158,20 @@ def save_model(
     needed; other files in it stay as they are. dtype is float32, float16, bfloat16 or float64.
     With a max_shard_size, such as 10**9 or "1GB", weights that are larger come in several files.
     Raises ValueError for arguments that are none of these and for numbers that a float16 cannot
-    hold, OSError if nothing can be written: what was there is there still.
+    hold, OSError if the files cannot be written: what was there is there still. Where a process
+    dies, there is the old, the new, or a directory without config.json, which does not open.
     """
     dtype, limit = weights_dtype(dtype), size_in_bytes(max_shard_size)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    write_weights(directory, _to_hugging_face(model), dtype, limit)
-    if tokenizer is not None:
-        tokenizer.save(directory)
-    write_config(directory, _config_to_hugging_face(model.cfg, tokenizer), dtype)
+    with together() as changes:
+        write_weights(directory, _to_hugging_face(model), dtype, limit)
+        n = len(changes)
+        if tokenizer is not None:
+            tokenizer.save(directory)
+        write_config(directory, _config_to_hugging_face(model.cfg, tokenizer), dtype)
+        if any(file.is_new() for file in changes[n:]):
+            changes.insert(0, Removal(directory / CONFIG))
 
 
 def weights_dtype(dtype: DTypeLike) -> np.dtype:
@@ -180,12 +215,6 @@ def _must_exist(directory: Path) -> None:
         raise ValueError(convert(str(directory)))
     if not directory.is_dir():
         raise ValueError(f"{directory} is a file: expected a checkpoint directory")
-    if not (directory / CONFIG).exists():
-        if complaint := other_format(directory):
-            raise ValueError(complaint)
-        raise FileNotFoundError(
-            f"{directory} has no {CONFIG}: expected a checkpoint directory, as training makes it"
-        )
 
 
 # --- config.json ----------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ crash, finds all of the old weights or all of the new ones, never some of each:
 - New shards get names that no file has yet. Then comes the index, then the old weights go.
 - As in transformers, model.safetensors counts if both it and an index are there. So a single file
   replaces shards when it appears, and shards replace a single file when it is removed.
+- A reader that finds another index after it has opened the shards begins again: names of shards
+  come back in time. What it has opened stays readable, whatever becomes of the names.
 """
 
 import json
@@ -16,8 +18,16 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.files import atomic_write
-from .tensors import StoredTensor, few, read_header, read_json, shown, write_tensors
+from ..data.files import atomic_write, remove, together
+from .tensors import (
+    StoredTensor,
+    few,
+    read_header,
+    read_json,
+    shown,
+    while_unreplaced,
+    write_tensors,
+)
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -36,18 +46,25 @@ def read_weights(directory: Path) -> dict[str, StoredTensor]:
     Raises FileNotFoundError if there are no weights or a shard is missing, ValueError if a file is
     damaged, the index and the shards disagree, or the weights are of another format.
     """
-    if (directory / WEIGHTS).exists():
-        return read_header(directory / WEIGHTS)[0]
-    if (directory / INDEX).exists():
-        return _read_shards(directory)
+    for name in (WEIGHTS, INDEX, WEIGHTS):  # which may have replaced the shards meanwhile
+        path = directory / name
+        try:
+            return _read_shards(path) if name == INDEX else read_header(path)[0]
+        except FileNotFoundError:
+            if path.exists():  # and a shard is missing
+                raise
     if complaint := other_format(directory):
         raise ValueError(complaint)
     raise FileNotFoundError(f"{directory} has no {WEIGHTS}: the checkpoint is incomplete")
 
 
-def _read_shards(directory):
-    index = directory / INDEX
-    places = _places(index)
+def _read_shards(index):
+    return while_unreplaced(index, _read_listed)
+
+
+def _read_listed(index):
+    directory = Path(index.name).parent
+    places = _places(directory / INDEX)
     tensors = {}
     for shard in sorted(set(places.values())):
         if not (directory / shard).exists():
@@ -113,27 +130,22 @@ def write_weights(
     """Replaces the directory's weights by these, in one file or in shards of at most `limit` bytes
     (a larger tensor has one of its own).
 
-    Raises ValueError for numbers too large for the dtype, OSError if nothing can be written; the
+    Raises ValueError for numbers too large for the dtype, OSError if they cannot be written; the
     old weights stay then.
     """
     shards = [dict(tensors)] if limit is None else _split(tensors, dtype, limit)
-    if len(shards) == 1:
-        new = [WEIGHTS]
-        _write(directory / WEIGHTS, shards[0], dtype)
-    else:
-        new = [*_free_names(directory, len(shards)), INDEX]
-        try:
+    old = sorted(path.name for path in directory.iterdir() if SHARD.fullmatch(path.name))
+    with together():
+        if len(shards) == 1:
+            new = [WEIGHTS]
+            _write(directory / WEIGHTS, shards[0], dtype)
+        else:
+            new = [*_free_names(directory, len(shards)), INDEX]
             for name, shard in zip(new, shards):
                 _write(directory / name, shard, dtype)
-        except BaseException:
-            for name in new[:-1]:
-                (directory / name).unlink(missing_ok=True)
-            raise
-        _write_index(directory / INDEX, dict(zip(new, shards)), dtype)
-    old = sorted(path.name for path in directory.iterdir() if SHARD.fullmatch(path.name))
-    for name in [WEIGHTS, INDEX, *old]:  # first what decides which weights count
-        if name not in new:
-            (directory / name).unlink(missing_ok=True)
+            _write_index(directory / INDEX, dict(zip(new, shards)), dtype)
+        stale = [name for name in [WEIGHTS, INDEX, *old] if name not in new]
+        remove(*(directory / name for name in stale))  # first what decides which weights count
 
 
 def size_in_bytes(size: int | str | None) -> int | None:

@@ -2,17 +2,20 @@
 
 Such a file is eight bytes with the length of the header, the header in JSON (each tensor's dtype,
 shape and place), and the numbers. The safetensors library judges whether a file is whole. Numbers
-are mapped and written a piece at a time: a tensor that is read need not be in memory twice.
+are read and written a piece at a time: a tensor need not be in memory twice.
 """
 
+import io
 import json
 import math
+import os
 import reprlib
+import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -28,18 +31,53 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHT_DTYPES = {
     name: DTYPES[name] for name in ("F32", "F16", "BF16", "F64")
 }  # what weights can be
-PIECE = 2**24  # bytes of a tensor that are mapped at a time: mapped pages count as memory
+PIECE = 2**20  # bytes of a tensor that are read at a time: they stay in the processor's cache
 BLOCK = 16  # rows that are transposed at a time: as float32, what they write are whole cache lines
+
+Found = TypeVar("Found")
+
+
+class OpenFile(io.FileIO):
+    """A file that stays the same one when another takes its name. Closes itself when let go."""
+
+    def __init__(self, path: Path):
+        super().__init__(str(path))
+        self._lock = threading.Lock()
+
+    def __del__(self):
+        self.close()
+
+    def fill(self, out: np.ndarray, start: int) -> None:
+        """Reads bytes from `start` on into a contiguous array. Raises ValueError if it ends."""
+        rest = memoryview(out.reshape(-1).view(np.uint8))
+        with self._lock:
+            self.seek(start)
+            while rest:  # systems read some 2 GB at most
+                n = self.readinto(rest)
+                if n == 0:
+                    raise ValueError(f"{self.name} was cut short while it was read: read it again")
+                rest = rest[n:]
+
+    def has_its_name(self) -> bool:
+        """Whether its path still leads to it, and not to a newer file or to none."""
+        try:
+            return os.path.samestat(os.fstat(self.fileno()), os.stat(self.name))
+        except FileNotFoundError:
+            return False
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file. Its rows are mapped from there when asked for: stored[3:5]"""
+    """A tensor in a file. Its rows are read from there when asked for: stored[3:5]"""
 
-    path: Path
+    file: OpenFile
     kind: str  # its dtype, as the header calls it: "F32", "I64", ...
     shape: tuple[int, ...]
     start: int  # its first byte in the file
+
+    @property
+    def path(self) -> Path:
+        return Path(self.file.name)
 
     @property
     def dtype(self) -> np.dtype:
@@ -51,51 +89,78 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        row = self.shape[1:]
         start, stop, _ = rows.indices(self.shape[0])
-        offset = self.start + start * math.prod(row) * self.dtype.itemsize
-        mapped = np.memmap(self.path, self.dtype, "r", offset, (stop - start, *row))
-        return mapped.view(np.ndarray)  # whose slices cost less
+        part = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        self.fill(part, start)
+        return part
+
+    def fill(self, out: np.ndarray, row: int) -> None:
+        """Reads rows from this one on into a contiguous array of its dtype."""
+        self.file.fill(out, self.start + row * math.prod(self.shape[1:]) * self.dtype.itemsize)
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 
+def while_unreplaced(path: Path, read: Callable[[OpenFile], Found]) -> Found:
+    """read(the open file), again if the path leads to another one by then: whatever else was read
+    by name may be of either time.
+    """
+    while True:
+        file = OpenFile(path)
+        try:
+            found = read(file)
+        except (OSError, ValueError):
+            if file.has_its_name():
+                raise
+        else:
+            if file.has_its_name():
+                return found
+
+
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors that a safetensors file holds, none of them read, and the file's metadata.
 
-    Raises ValueError if it is damaged, OSError if it cannot be read.
+    They are of one file, even if another takes its name. Raises ValueError if it is damaged,
+    OSError if it cannot be read.
     """
+    return while_unreplaced(path, _read_header)
+
+
+def _read_header(file):
     try:
-        with safe_open(path, framework="np"):  # checks the header, and that the file is as long
+        with safe_open(file.name, framework="np"):  # checks the header and the file's length
             pass
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length), object_pairs_hook=_once)
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length), object_pairs_hook=_once)
     except (SafetensorError, ValueError) as error:
         raise ValueError(
-            f"{path} is no whole safetensors file ({line(error)}): cut short?"
+            f"{file.name} is no whole safetensors file ({line(error)}): cut short?"
         ) from None
     metadata = header.pop("__metadata__", None) or {}
     tensors = {}
     for name, entry in header.items():
         start, _ = entry["data_offsets"]
         tensors[name] = StoredTensor(
-            path, entry["dtype"], tuple(entry["shape"]), 8 + length + start
+            file, entry["dtype"], tuple(entry["shape"]), 8 + length + start
         )
     return tensors, metadata
 
 
-def copy_tensor(out: np.ndarray, tensor: StoredTensor, transposed: bool = False) -> None:
-    """Fills an array, in its dtype, with a stored tensor or with a stored matrix's transpose."""
+def read_tensor(tensor: StoredTensor, dtype: np.dtype, transposed: bool = False) -> np.ndarray:
+    """A stored tensor, or a stored matrix's transpose, as an array of this dtype."""
+    out = np.empty(tensor.shape[::-1] if transposed else tensor.shape, dtype)
     for rows in pieces(tensor):
-        part = tensor[rows]
-        if not transposed:
-            out[rows] = part
-            continue
-        for i in range(0, len(part), BLOCK):
-            block = part[i : i + BLOCK].astype(out.dtype, copy=False)  # (n, columns)
-            out[:, rows.start + i : rows.start + i + len(block)] = block.T
+        if not transposed and dtype == tensor.dtype:
+            tensor.fill(out[rows], rows.start)
+        elif not transposed:
+            out[rows] = tensor[rows]
+        else:
+            part = tensor[rows]
+            for i in range(0, len(part), BLOCK):
+                block = part[i : i + BLOCK].astype(dtype, copy=False)  # (n, columns)
+                out[:, rows.start + i : rows.start + i + len(block)] = block.T
+    return out
 
 
 def pieces(tensor: StoredTensor | np.ndarray) -> Iterator[slice]:

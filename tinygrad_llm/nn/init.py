@@ -17,9 +17,10 @@ _skipping = _Skipping()
 
 @contextlib.contextmanager
 def no_init() -> Iterator[None]:
-    """Layers made inside get zeros for weights: for a model that is about to be loaded.
+    """Layers made inside draw no weights: for a model that is about to be loaded.
 
-    Zeros cost nothing until they are written to, random numbers do.
+    What would have been drawn is whatever the memory holds, as with NumPy's empty: this costs
+    nothing until it is written to.
     """
     before, _skipping.on = _skipping.on, True
     try:

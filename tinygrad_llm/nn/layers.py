@@ -32,8 +32,8 @@ class Linear(Module):
     ):
         check_sizes("Linear", in_features=in_features, out_features=out_features)
         self.in_features, self.out_features = in_features, out_features
-        self.weight = _zeros(out_features, in_features)
-        self.bias = _zeros(out_features) if bias else None
+        self.weight = _undrawn(out_features, in_features)
+        self.bias = _undrawn(out_features) if bias else None
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
@@ -53,7 +53,7 @@ class Embedding(Module):
     def __init__(self, num_embeddings: int, embedding_dim: int, generator: Generator | None = None):
         check_sizes("Embedding", num_embeddings=num_embeddings, embedding_dim=embedding_dim)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.weight = _zeros(num_embeddings, embedding_dim)
+        self.weight = _undrawn(num_embeddings, embedding_dim)
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: Generator | None = None) -> None:
@@ -74,7 +74,7 @@ class LayerNorm(Module):
         check_sizes("LayerNorm", normalized_shape=normalized_shape)
         self.eps = eps
         self.weight = Parameter(np.ones(normalized_shape, np.float32))
-        self.bias = _zeros(normalized_shape)
+        self.bias = Parameter(np.zeros(normalized_shape, np.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight, self.bias, self.eps)
@@ -175,8 +175,9 @@ def reset_linear(layer: Linear, rows: slice, generator: Generator | None = None)
 # --- arguments ------------------------------------------------------------------------------------
 
 
-def _zeros(*shape):
-    return Parameter(np.zeros(shape, np.float32))
+def _undrawn(*shape):
+    """A parameter that reset_parameters will fill, or whoever says no_init."""
+    return Parameter(np.empty(shape, np.float32))
 
 
 def check_sizes(owner: str, **sizes) -> None:
