@@ -28,9 +28,7 @@ DTYPES = {  # by the names that headers have for them
 }  # fmt: skip
 DTYPES = {name: np.dtype(dtype) for name, dtype in DTYPES.items()}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-WEIGHT_DTYPES = {
-    name: DTYPES[name] for name in ("F32", "F16", "BF16", "F64")
-}  # what weights can be
+WEIGHT_DTYPES = {name: DTYPES[name] for name in ("F32", "F16", "BF16", "F64")}
 PIECE = 2**20  # bytes of a tensor that are read at a time: they stay in the processor's cache
 BLOCK = 16  # rows that are transposed at a time: as float32, what they write are whole cache lines
 
