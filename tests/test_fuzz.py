@@ -350,3 +350,13 @@ def test_json_that_is_hard_to_read(sharded, name, text):
 def test_the_limit_on_memory_is_one():
     with pytest.raises(MemoryError), little_memory() as used:
         np.zeros(used + HEADROOM, np.uint8)
+
+
+@pytest.mark.parametrize("dtype", ["F\x0032", "F\x7f32", "\x1b[31mF32", "F\n32"])
+def test_what_a_header_says_reaches_no_terminal_as_it_is(tmp_path, dtype):
+    entry = {"dtype": dtype, "shape": [1], "data_offsets": [0, 4]}
+    header = json.dumps({"transformer.wte.weight": entry}).encode()
+    save_model(MODEL, tmp_path)
+    raw = len(header).to_bytes(8, "little") + header + bytes(4)
+    (tmp_path / WEIGHTS).write_bytes(raw)
+    assert opens_or_refuses(load_model, tmp_path) is None

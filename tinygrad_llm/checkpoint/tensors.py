@@ -225,8 +225,9 @@ _short.maxstring = _short.maxother = 100
 
 
 def line(error: Exception) -> str:
-    """An error's text in one line of a bearable length."""
+    """An error's text in one line of a bearable length, without a file's control characters."""
     text = " ".join(str(error).split())
+    text = "".join(c if c.isprintable() else "\ufffd" for c in text)
     return text if len(text) <= 600 else text[:600] + "..."
 
 
