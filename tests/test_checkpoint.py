@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -201,6 +202,32 @@ def truncate(directory, size=200):
     path.write_bytes(path.read_bytes()[:size])
 
 
+def change_header(directory, **changes):
+    """Changes what the file's header says of transformer.ln_f.bias."""
+    path = directory / "model.safetensors"
+    raw = path.read_bytes()
+    length = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:length])
+    header["transformer.ln_f.bias"].update(changes)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[length:])
+
+
+def replace_by(make, name="model.safetensors"):
+    """Damage: something else, that make(path) puts there, under the name of a file."""
+
+    def damage(directory):
+        (directory / name).unlink()
+        make(directory / name)
+
+    return damage
+
+
+def append(directory):
+    with open(directory / "model.safetensors", "ab") as file:
+        file.write(b"more")
+
+
 def to_pickle(directory):
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
 
@@ -212,6 +239,14 @@ BROKEN = [
     (truncate, ValueError, "no whole safetensors file"),
     (lambda d: truncate(d, 0), ValueError, "no whole safetensors file"),
     (lambda d: truncate(d, -1), ValueError, "no whole safetensors file"),
+    (append, ValueError, "it is cut short or damaged, get it again"),
+    (lambda d: change_header(d, dtype="F99"), ValueError, "F99.*damaged, get it again"),
+    (lambda d: change_header(d, shape=[-12]), ValueError, "-12.*damaged, get it again"),
+    (replace_by(Path.mkdir), ValueError, "model.safetensors is no regular file"),
+    (replace_by(os.mkfifo), ValueError, "model.safetensors is no regular file"),
+    (replace_by(os.mkfifo, "config.json"), ValueError, "config.json is no regular file"),
+    (replace_by(lambda p: p.symlink_to(os.devnull)), ValueError, "is no regular file"),
+    (lambda d: change_config(d, quantization_config={}), ValueError, "quantized weights are not"),
     (lambda d: (d / "config.json").write_text("{"), ValueError, "no valid JSON"),
     (lambda d: (d / "config.json").write_bytes(b"\xff"), ValueError, "no valid JSON"),
     (lambda d: (d / "config.json").write_text("[]"), ValueError, "holds a JSON list"),
@@ -226,9 +261,9 @@ BROKEN = [
     (lambda d: change_config(d, n_positions=9), ValueError, r"\(8, 12\), expected \(9, 12\)"),
     (lambda d: change_weights(d, lambda t: t.pop("transformer.ln_f.bias")), ValueError, "missing"),
     (
-        lambda d: change_weights(d, lambda t: t.update(more=np.zeros(1))),
+        lambda d: change_weights(d, lambda t: t.update({"foo.bar": np.zeros(1)})),
         ValueError,
-        "unexpected transformer.more",
+        "unexpected foo.bar$",
     ),
 ]
 
@@ -248,6 +283,37 @@ def test_paths_that_are_no_checkpoint(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file"):
         load_model(tmp_path / "file")
+    for place in (5, None):
+        with pytest.raises(TypeError, match=f"expected a directory, as a str or Path, not {place}"):
+            load_model(place)
+        with pytest.raises(TypeError, match=f"expected a directory, as a str or Path, not {place}"):
+            save_model(make_model(), place)
+    with pytest.raises(NotADirectoryError, match="file is a file: give a directory"):
+        save_model(make_model(), tmp_path / "file")
+
+
+@pytest.mark.parametrize("dtype", ["nonsense", "int32"])
+def test_no_dtypes_of_parameters(tmp_path, dtype):
+    with pytest.raises(TypeError, match=f"cannot be {dtype}: expected a floating .* float32, flo"):
+        load_model(tmp_path, dtype)
+
+
+def test_what_torch_saved_under_our_name(tmp_path):
+    torch = pytest.importorskip("torch")
+    save_model(make_model(), tmp_path)
+    for new in (True, False):
+        weights, path = {"a": torch.ones(1000)}, tmp_path / "model.safetensors"
+        torch.save(weights, path, _use_new_zipfile_serialization=new)
+        with pytest.raises(ValueError, match=r"is a pickle, .* rename it to pytorch_model.bin"):
+            load_model(tmp_path)
+
+
+def test_a_failure_leaves_no_folder(tmp_path):
+    model = make_model()
+    model.tok_emb.weight.data[0, 0] = 1e6
+    with pytest.raises(ValueError, match="too large for float16"):
+        save_model(model, tmp_path / "deep" / "model", dtype="float16")
+    assert not list(tmp_path.iterdir())
 
 
 def test_separate_dropout_rates_are_kept(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from test_cli import run
 
 from tinygrad_llm.checkpoint import save_model
-from tinygrad_llm.cli.info import kept_numbers
+from tinygrad_llm.cli.info import in_bytes, kept_numbers
 from tinygrad_llm.gpt import GPT, GPTConfig
 from tinygrad_llm.random import Generator
 
@@ -18,7 +18,7 @@ def test_the_parameters_of_a_size():
     assert (found["untied"], found["tied"]) == (1_637_792_000, 1_557_380_800)
     assert sum(found["parts"].values()) == found["tied"] and found["config"]["n_layers"] == 48
     table = run("info", "--size", "gpt2-xl").stdout
-    assert "1,637,792,000" in table and "6247.68" in table
+    assert "1,637,792,000" in table and "6.10 GiB" in table
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -90,6 +90,21 @@ def test_what_a_forward_pass_keeps(B, T, C, H, L, V, rates):
     assert 4 * B * T * kept_numbers(cfg) == pytest.approx(kept, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    "n, text",
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        (3 * 2**19, "1.50 MiB"),
+        (2**30 - 2**20, "1023.00 MiB"),
+        (5 * 2**40, "5120.00 GiB"),
+    ],
+)
+def test_units(n, text):
+    assert in_bytes(n) == text
+
+
 # --- two checkpoints ------------------------------------------------------------------------------
 
 
@@ -139,7 +154,9 @@ def test_different_models(pair, tmp_path):
     assert found["tensors"]["transformer.wte.weight"]["shapes"] == [[11, 8], [12, 8]]
     assert found["tensors"]["transformer.h.1.ln_1.bias"]["shapes"] == [None, [8]]
     table = run("info", "--model", pair[0], "--compare", tmp_path / "c").stdout
-    assert "vocab_size: 11 and 12" in table and "missing" in table and "(11, 8)" in table
+    assert "vocab_size: 11 and 12\n" in table
+    assert "transformer.wte.weight: shape (11, 8) and shape (12, 8)\n" in table
+    assert "transformer.h.1.ln_1.bias: missing and shape (8,)\n" in table
 
 
 @pytest.mark.parametrize(

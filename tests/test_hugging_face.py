@@ -162,7 +162,7 @@ def test_the_dtype_of_the_parameters(tmp_path):
     half = GPT.from_pretrained(tmp_path, dtype="float16")
     for a, b in zip(half.parameters(), model.parameters()):
         assert a.dtype == np.float16 and np.array_equal(a.data, b.data.astype(np.float16))
-    with pytest.raises(TypeError, match="floating-point numbers, they cannot become int8"):
+    with pytest.raises(TypeError, match="parameters cannot be int8: expected a floating dtype"):
         GPT.from_pretrained(tmp_path, dtype="int8")
     double.save_pretrained(tmp_path / "double", dtype="float64")
     assert same_weights(GPT.from_pretrained(tmp_path / "double"), model)
@@ -197,7 +197,7 @@ def test_shards_in_both_directions(tmp_path):
     np.testing.assert_allclose(torch_logits(again, IDS), logits(ours), atol=1e-4)
 
 
-@pytest.mark.parametrize("size", ["5KB", 5000, "0.005 MB", "4.9KiB"])
+@pytest.mark.parametrize("size", ["5KB", 5000, "5000B", "0.005 MB", "4.9KiB"])
 def test_sizes_of_shards(tmp_path, size):
     make_model().save_pretrained(tmp_path, max_shard_size=size)
     assert len(shards(tmp_path)) == 4
@@ -441,6 +441,7 @@ def absolute(directory):
 
 
 BAD_INDEX = [
+    (lambda d: (d / INDEX).unlink(), f"has shards, such as model-00001.*, but no {INDEX}"),
     (lambda d: (d / shards(d)[1]).unlink(), "has no model-00002-of-0000\\d.safetensors, which"),
     (add_twice, "c_attn.weight, .* is in another shard, too"),
     (climb, r"lists '\.\./model-0.*: expected the name of a .safetensors file beside it"),
@@ -467,18 +468,27 @@ def test_an_index_that_is_wrong(tmp_path, damage, says):
 
 # --- other formats --------------------------------------------------------------------------------
 
-PICKLES = ["pytorch_model.bin", "model.pt", "pytorch_model.bin.index.json", "model.pth"]
+OTHERS = {
+    "pytorch_model.bin": "is a pickle",
+    "model.pt": "is a pickle",
+    "model.pth": "is a pickle",
+    "pytorch_model.bin.index.json": "lists pickles",
+    "tf_model.h5": "is no safetensors file",
+    "flax_model.msgpack": "is no safetensors file",
+    "model-q4.gguf": "is no safetensors file",
+}
 
 
 @pytest.mark.parametrize("with_config", [True, False])
-@pytest.mark.parametrize("name", PICKLES)
-def test_pickles_are_refused(tmp_path, name, with_config):
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_formats_are_refused(tmp_path, name, with_config):
     make_model().save_pretrained(tmp_path)
     (tmp_path / WEIGHTS).rename(tmp_path / name)
     if not with_config:
         (tmp_path / "config.json").unlink()
     for path in (tmp_path, tmp_path / name):
-        with pytest.raises(ValueError, match=r"is a pickle, .* use save_pretrained to convert it"):
+        says = f"{name} {OTHERS[name]}.* use save_pretrained to convert it"
+        with pytest.raises(ValueError, match=says):
             GPT.from_pretrained(path)
 
 

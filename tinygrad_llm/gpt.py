@@ -330,7 +330,8 @@ class GPT(Module):
         Hugging Face, or a directory that `save_pretrained` wrote, ours or transformers'.
 
         dtype       of the parameters, whatever the files have
-        Pickles are refused. Raises FileNotFoundError, ValueError; see checkpoint.load_model.
+        Pickles are refused. Raises FileNotFoundError, ValueError and, for arguments that are no
+        path or no floating dtype, TypeError; see checkpoint.load_model.
         """
         from .checkpoint import load_model  # which imports this module
 

@@ -5,9 +5,10 @@ from pathlib import Path
 from numpy.typing import DTypeLike
 
 from ..data.files import atomic_write, together
-from .hub import TOKENIZER_FILES
-from .hugging_face import open_checkpoint, weights_dtype, write_config
+from .hub import TOKENIZER_FILES, as_path
+from .hugging_face import folder_for_new, open_checkpoint, weights_dtype, write_config
 from .shards import size_in_bytes, write_weights
+from .tensors import OpenFile
 
 
 def export_checkpoint(
@@ -23,14 +24,13 @@ def export_checkpoint(
     `save_model`, OSError if the files cannot be written.
     """
     dtype, limit = weights_dtype(dtype), size_in_bytes(max_shard_size)
-    source, directory = open_checkpoint(name_or_dir), Path(directory)
+    source, directory = open_checkpoint(name_or_dir), as_path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists, and would be overwritten: choose another place")
-    directory.mkdir(parents=True, exist_ok=True)
-    with together():
+    with folder_for_new(directory), together():
         write_weights(directory, source.tensors, dtype, limit)
         for name in TOKENIZER_FILES:
             if (source.directory / name).exists():
                 with atomic_write(directory / name) as file:
-                    file.write((source.directory / name).read_bytes())
+                    file.write(OpenFile(source.directory / name).readall())
         write_config(directory, source.config, dtype)

@@ -1,10 +1,11 @@
 """Models by name: from Hugging Face, once, then from its cache on this machine."""
 
+import os
 import re
 from pathlib import Path
 
 from ..gpt import SIZES
-from .tensors import line
+from .tensors import line, shown
 
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
 OWNER = "openai-community"  # of OpenAI's models, which have short names here
@@ -20,11 +21,18 @@ def find_model(name_or_dir: str | Path) -> Path:
     can be a name, such as runs/7 where there is a folder runs, is given back: whoever opens it
     knows what to say.
     """
-    path, name = Path(name_or_dir), str(name_or_dir)
+    path, name = as_path(name_or_dir), str(name_or_dir)
     a_name = name in SIZES or (NAME.fullmatch(name) and not path.parent.is_dir())
     if path.exists() or not a_name:
         return path
     return _downloaded(f"{OWNER}/{name}" if name in SIZES else name, name)
+
+
+def as_path(directory: str | Path) -> Path:
+    """Raises TypeError for what is neither a text nor a path."""
+    if not isinstance(directory, str | os.PathLike):
+        raise TypeError(f"expected a directory, as a str or Path, not {shown(directory)}")
+    return Path(directory)
 
 
 def _downloaded(repository, name):

@@ -12,6 +12,7 @@ So who finds the same config.json before and after the weights has what belongs 
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,10 @@ from ..data.files import Removal, atomic_write, together
 from ..gpt import GPT, GPTConfig
 from ..nn import Module, no_init
 from ..tokenizer import Tokenizer, load
-from .hub import find_model
+from .hub import as_path, find_model
 from .shards import (
     Tensors,
-    convert,
-    is_pickle,
+    other_file,
     other_format,
     read_weights,
     size_in_bytes,
@@ -46,6 +46,7 @@ from .tensors import (
 )
 
 CONFIG = "config.json"
+KNOWN_DTYPES = ", ".join(map(str, WEIGHT_DTYPES.values()))
 
 OUR_KEY = "tinygrad_llm"  # in config.json: what transformers has no word for
 
@@ -133,8 +134,13 @@ def load_model(name_or_dir: str | Path, dtype: DTypeLike = "float32") -> GPT:
     Numbers go from the file straight into the parameters. Raises as open_checkpoint, and TypeError
     for what is no floating dtype.
     """
-    dtype = np.dtype(dtype)
-    Module().to(dtype)  # raises TypeError, before a file is opened
+    try:
+        dtype = np.dtype(dtype)
+        Module().to(dtype)
+    except TypeError:
+        raise TypeError(
+            f"parameters cannot be {dtype}: expected a floating dtype such as {KNOWN_DTYPES}"
+        ) from None
     checkpoint = open_checkpoint(name_or_dir)
     with no_init():
         model = GPT(checkpoint.cfg)
@@ -162,9 +168,8 @@ def save_model(
     dies, there is the old, the new, or a directory without config.json, which does not open.
     """
     dtype, limit = weights_dtype(dtype), size_in_bytes(max_shard_size)
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with together() as changes:
+    directory = as_path(directory)
+    with folder_for_new(directory), together() as changes:
         write_weights(directory, _to_hugging_face(model), dtype, limit)
         n = len(changes)
         if tokenizer is not None:
@@ -174,6 +179,22 @@ def save_model(
             changes.insert(0, Removal(directory / CONFIG))
 
 
+@contextmanager
+def folder_for_new(directory: Path) -> Iterator[None]:
+    """The folder exists inside. On an error, those that were made for it are deleted again."""
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is a file: give a directory")
+    made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # not empty: someone else's files are there by now
+                folder.rmdir()
+        raise
+
+
 def weights_dtype(dtype: DTypeLike) -> np.dtype:
     """One of the dtypes that weights are written in. Raises ValueError."""
     try:
@@ -181,8 +202,7 @@ def weights_dtype(dtype: DTypeLike) -> np.dtype:
     except TypeError:
         found = None
     if found not in WEIGHT_DTYPES.values():
-        names = ", ".join(str(known) for known in WEIGHT_DTYPES.values())
-        raise ValueError(f"weights cannot be written as {dtype}: expected one of {names}")
+        raise ValueError(f"weights cannot be written as {dtype}: expected one of {KNOWN_DTYPES}")
     return found
 
 
@@ -211,8 +231,8 @@ def load_tokenizer(name_or_dir: str | Path, model: GPT) -> Tokenizer:
 def _must_exist(directory: Path) -> None:
     if not directory.exists():
         raise FileNotFoundError(f"{directory} does not exist: expected a checkpoint directory")
-    if directory.is_file() and is_pickle(directory.name):
-        raise ValueError(convert(str(directory)))
+    if directory.is_file() and (complaint := other_file(str(directory))):
+        raise ValueError(complaint)
     if not directory.is_dir():
         raise ValueError(f"{directory} is a file: expected a checkpoint directory")
 
@@ -251,6 +271,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     if config.get("model_type") != "gpt2":
         kind = shown(config.get("model_type"))
         raise ValueError(f"{path} is of model_type {kind}: expected 'gpt2'")
+    if config.get("quantization_config") is not None:
+        raise ValueError(
+            f"{path} has a quantization_config, and quantized weights are not read: get the model "
+            f"with weights in one of {KNOWN_DTYPES}"
+        )
     for name in ("vocab_size", "n_embd", "n_head", "n_layer"):
         if type(config.get(name)) is not int:
             found = shown(config.get(name))
@@ -370,23 +395,23 @@ def _fitting(cfg: GPTConfig, stored: dict[str, StoredTensor]) -> dict[str, Store
     if missing := [name for name in shapes if name not in stored]:
         problems.append(f"missing {few(missing)}")
     if unexpected := [name for name in stored if name not in shapes]:
-        problems.append(f"unexpected {few(unexpected)}")
+        problems.append(f"unexpected {few(stored[name].name for name in unexpected)}")
     for name in shapes:
         if name in stored:
-            problems += _unfit(name, shapes[name], stored[name])
+            problems += _unfit(shapes[name], stored[name])
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError("; ".join(problems[:3]) + more)
     return {name: stored[name] for name in shapes}
 
 
-def _unfit(name, shape, tensor):
+def _unfit(shape, tensor):
     """What is wrong with a tensor: a list of one text, or of none."""
     if tensor.kind not in WEIGHT_DTYPES:
-        known = ", ".join(map(str, WEIGHT_DTYPES.values()))
-        return [f"{name} has dtype {shown(tensor.kind)}, expected one of {known}"]
+        kind = shown(tensor.kind)
+        return [f"{few([tensor.name])} has dtype {kind}, expected one of {KNOWN_DTYPES}"]
     if tensor.shape != shape:
-        return [f"{name} has shape {shown(tensor.shape)}, expected {shape}"]
+        return [f"{few([tensor.name])} has shape {shown(tensor.shape)}, expected {shape}"]
     return []
 
 

@@ -20,6 +20,8 @@ import numpy as np
 
 from ..data.files import atomic_write, remove, together
 from .tensors import (
+    CONVERT,
+    PICKLE,
     StoredTensor,
     few,
     read_header,
@@ -32,7 +34,13 @@ from .tensors import (
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model(-v\d+)?-\d{5}-of-\d{5}\.safetensors")  # as we and transformers name them
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+OTHER_FORMATS = {  # by the ends of files' names, the longer one first
+    (".bin.index.json",): "lists pickles, which can run any code when opened",
+    (".bin", ".pt", ".pth", ".ckpt", ".pkl"): PICKLE,
+    (".h5", ".msgpack", ".gguf"): "is no safetensors file",  # TensorFlow's, Flax's, llama.cpp's
+}
 
 Tensors = Mapping[str, StoredTensor | np.ndarray]
 
@@ -53,6 +61,11 @@ def read_weights(directory: Path) -> dict[str, StoredTensor]:
         except FileNotFoundError:
             if path.exists():  # and a shard is missing
                 raise
+    names = sorted(path.name for path in directory.iterdir())
+    if shards := [name for name in names if SHARD.fullmatch(name)]:
+        raise FileNotFoundError(
+            f"{directory} has shards, such as {shards[0]}, but no {INDEX}: get it, too"
+        )
     if complaint := other_format(directory):
         raise ValueError(complaint)
     raise FileNotFoundError(f"{directory} has no {WEIGHTS}: the checkpoint is incomplete")
@@ -104,21 +117,16 @@ def other_format(directory: Path) -> str | None:
             "Hugging Face has the same weights as safetensors, named gpt2, gpt2-medium, gpt2-large "
             "and gpt2-xl"
         )
-    pickles = [name for name in names if is_pickle(name)]
-    return f"{directory} has no {WEIGHTS}, and {convert(pickles[0])}" if pickles else None
+    complaints = filter(None, map(other_file, names))
+    return next((f"{directory} has no {WEIGHTS}, and {text}" for text in complaints), None)
 
 
-def is_pickle(name: str) -> bool:
-    """Whether a file of this name is one of PyTorch's, or their index."""
-    return name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".bin.index.json"))
-
-
-def convert(pickle: str) -> str:
-    """Why pickles are refused, and what to do."""
-    return (
-        f"{pickle} is a pickle, which can run any code when opened: "
-        "load it with transformers and use save_pretrained to convert it"
-    )
+def other_file(name: str) -> str | None:
+    """Why a file of weights in another format is refused, and what to do; None of other files."""
+    for ends, what in OTHER_FORMATS.items():
+        if name.endswith(ends):
+            return f"{name} {what}: {CONVERT}"
+    return None
 
 
 # --- writing --------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import reprlib
+import stat
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -36,9 +37,14 @@ Found = TypeVar("Found")
 
 
 class OpenFile(io.FileIO):
-    """A file that stays the same one when another takes its name. Closes itself when let go."""
+    """A file that stays the same one when another takes its name. Closes itself when let go.
+
+    Raises ValueError for what is no regular file: opening a pipe would wait for who writes to it.
+    """
 
     def __init__(self, path: Path):
+        if not stat.S_ISREG(os.stat(str(path)).st_mode):
+            raise ValueError(f"{path} is no regular file: expected one, or a link to one")
         super().__init__(str(path))
         self._lock = threading.Lock()
 
@@ -69,6 +75,7 @@ class StoredTensor:
     """A tensor in a file. Its rows are read from there when asked for: stored[3:5]"""
 
     file: OpenFile
+    name: str  # as the header has it
     kind: str  # its dtype, as the header calls it: "F32", "I64", ...
     shape: tuple[int, ...]
     start: int  # its first byte in the file
@@ -132,15 +139,21 @@ def _read_header(file):
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length), object_pairs_hook=_once)
     except (SafetensorError, ValueError) as error:
+        file.seek(0)
+        if file.read(4) in PICKLE_STARTS:
+            raise ValueError(
+                f"{file.name} {PICKLE}: rename it to pytorch_model.bin, {CONVERT}"
+            ) from None
         raise ValueError(
-            f"{file.name} is no whole safetensors file ({line(error)}): cut short?"
+            f"{file.name} is no whole safetensors file ({line(error)}): it is cut short or "
+            "damaged, get it again"
         ) from None
     metadata = header.pop("__metadata__", None) or {}
     tensors = {}
     for name, entry in header.items():
         start, _ = entry["data_offsets"]
         tensors[name] = StoredTensor(
-            file, entry["dtype"], tuple(entry["shape"]), 8 + length + start
+            file, name, entry["dtype"], tuple(entry["shape"]), 8 + length + start
         )
     return tensors, metadata
 
@@ -219,6 +232,10 @@ def _cast(name, part, dtype):
 
 
 # --- what errors say ------------------------------------------------------------------------------
+
+PICKLE = "is a pickle, which can run any code when opened"
+PICKLE_STARTS = (b"PK\3\4", b"\x80\2\x8a\n")  # of what torch.save writes, and wrote before 1.6
+CONVERT = "load the model with transformers and use save_pretrained to convert it"
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 100

@@ -15,7 +15,7 @@ from ..gpt import SIZES, GPTConfig
 from .errors import UserError, user_input
 
 Size = StrEnum("Size", list(SIZES))
-MIB, GIB = 2**20, 2**30
+UNITS = ("B", "KiB", "MiB", "GiB")
 STATE = 4 * 4  # bytes that training keeps for a parameter: itself, its gradient, AdamW's two means
 QUERIES = 128  # that attention's kernel takes at a time: with a causal mask, up to so many too many
 
@@ -107,31 +107,37 @@ def stored(checkpoint: Checkpoint) -> dict:
     }
 
 
+def in_bytes(n: int) -> str:
+    """In the largest unit of which it has one: 96 B, 1.50 KiB."""
+    unit = min(len(UNITS) - 1, max(0, n.bit_length() - 1) // 10)
+    return f"{n / 2 ** (10 * unit):.{2 if unit else 0}f} {UNITS[unit]}"
+
+
 def _show(cfg, found, name):
     table = Table(title=f"{name}: {', '.join(f'{k} {v}' for k, v in cfg.to_dict().items())}")
-    for column in ("part", "parameters", "MiB in float32"):
+    for column in ("part", "parameters", "in float32"):
         table.add_column(column, justify="left" if column == "part" else "right")
     rows = list(found["parts"].items())
     rows += [("all, with a head of its own", found["untied"])]
     rows += [("all, with the token table as the head", found["tied"])]
     for part, n in rows:
-        table.add_row(part, f"{n:,}", f"{4 * n / MIB:.2f}")
+        table.add_row(part, f"{n:,}", in_bytes(4 * n))
     console = Console(highlight=False)
     console.print(table)
     training, generation = found["memory"]["training"], found["memory"]["generation"]
     lines = [
         f"Training keeps {STATE} bytes for each parameter (itself, its gradient, AdamW's two "
-        f"means): {training['parameters'] / GIB:.2f} GiB, and {training['activations'] / GIB:.2f} "
-        f"GiB for the backward pass of a batch of {training['batch_size']} x {cfg.context_length}.",
-        f"Generation takes {generation['weights'] / GIB:.2f} GiB, and for each sequence a cache of "
-        f"{generation['cache_per_token'] / 2**10:.0f} KiB a token: "
-        f"{generation['cache_full_context'] / MIB:.0f} MiB for {cfg.context_length}.",
+        f"means): {in_bytes(training['parameters'])}, and {in_bytes(training['activations'])} "
+        f"for the backward pass of a batch of {training['batch_size']} x {cfg.context_length}.",
+        f"Generation takes {in_bytes(generation['weights'])}, and for each sequence a cache of "
+        f"{in_bytes(generation['cache_per_token'])} a token: "
+        f"{in_bytes(generation['cache_full_context'])} for {cfg.context_length}.",
     ]
     if "stored" in found:
         files = found["stored"]["files"]
         dtypes = " and ".join(f"{n} in {dtype}" for dtype, n in found["stored"]["dtypes"].items())
         some = next(iter(files)) if len(files) == 1 else f"{len(files)} shards"
-        lines += [f"On disk: {sum(files.values()) / MIB:.2f} MiB in {some}, {dtypes} tensors."]
+        lines += [f"On disk: {in_bytes(sum(files.values()))} in {some}, {dtypes} tensors."]
     for text in lines:
         console.print(text, soft_wrap=True, markup=False)
 
@@ -151,14 +157,16 @@ def _compare(a, b, as_json):
     if not tensors:
         console.print(f"All {len(a.tensors)} tensors are equal.")
         return int(bool(settings))
-    table = Table(title=f"{len(tensors)} of {len(a.tensors)} tensors differ")
+    console.print(f"{len(tensors)} of {len(a.tensors)} tensors differ:")
+    table = Table()
     for column in ("tensor", "largest |a - b|", "over largest |a|"):
         table.add_column(column, justify="left" if column == "tensor" else "right")
     for name, difference in tensors.items():
         if difference.largest is None:
-            first, second = (shape or "missing" for shape in difference.shapes)
-            table.add_row(name, f"{first}", f"{second}")
+            a_and_b = (f"shape {shape}" if shape else "missing" for shape in difference.shapes)
+            console.print(f"{name}: {' and '.join(a_and_b)}", soft_wrap=True, markup=False)
         else:
             table.add_row(name, f"{difference.largest:.3g}", f"{difference.relative:.3g}")
-    console.print(table)
+    if table.rows:
+        console.print(table)
     return 1
