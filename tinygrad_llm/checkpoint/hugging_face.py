@@ -135,7 +135,7 @@ def load_model(name_or_dir: str | Path, dtype: DTypeLike = "float32") -> GPT:
     for what is no floating dtype.
     """
     try:
-        dtype = np.dtype(dtype)
+        dtype = np.dtype("float32" if dtype is None else dtype)
         Module().to(dtype)
     except TypeError:
         raise TypeError(
