@@ -341,7 +341,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
 
 
 def test_a_second_ctrl_c_says_how_to_go_on(tmp_path, text_file):
-    slow = ["--batch-size", 4096, "--accumulate", 100]  # a step that does not end before it
+    slow = ["--accumulate", 100_000]  # a step that does not end before the second
     process = start("train", "--data", text_file, *TINY, *slow, "--out", "run", cwd=tmp_path)
     wait_for(process, "step 0/")
     for _ in range(2):
@@ -535,7 +535,7 @@ def assert_refused(done, *parts):
         ("--min-lr 1", ["min_lr must be at most lr"]),
         ("--warmup 900", ["warmup_steps must be 0 to steps"]),
         ("--dropout 1", ["--dropout 1 leaves nothing to learn: give below 1"]),
-        ("--dropout nan", ["--dropout nan", "give below 1"]),
+        ("--dropout nan", ["--dropout"]),
         ("--dropout -1", ["--dropout"]),
         ("--weight-decay -1", ["--weight-decay"]),
         ("--size gpt9", ["--size", "gpt2-xl"]),

@@ -273,7 +273,9 @@ def _say_interrupted(run: Run) -> int:
 
 
 def _say_stopped(run: Run | None, going_on: bool) -> int:
-    done = "stopped, what was saved before is kept" if going_on else "stopped, nothing was saved yet"
+    done = (
+        "stopped, what was saved before is kept" if going_on else "stopped, nothing was saved yet"
+    )
     if run:
         done = f"stopped at once; go on from the last checkpoint with: {run.resume_command()}"
     print(done, file=sys.stderr)
