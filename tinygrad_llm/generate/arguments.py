@@ -42,9 +42,12 @@ def drawable(model: Any, vocab_size: int | None) -> int:
             "as a GPT has them"
         )
     largest = cfg.vocab_size
-    if vocab_size is not None and vocab_size > largest:
+    if vocab_size is None:
+        return largest
+    check(vocab_size=vocab_size)
+    if vocab_size > largest:
         raise ValueError(f"vocab_size {vocab_size} is more than the model's {largest}")
-    return largest if vocab_size is None else vocab_size
+    return vocab_size
 
 
 def stop_ids(stop_id: int | Iterable[int] | None, vocab_size: int) -> np.ndarray:
@@ -67,7 +70,7 @@ _RANGES = {
     "vocab_size": (Integral, lambda n: n >= 1, "a positive integer"),
     "beams": (Integral, lambda n: n >= 1, "a positive integer"),
     "n_best": (Integral, lambda n: n >= 1, "a positive integer"),
-    "length_penalty": (Real, np.isfinite, "a finite number"),
+    "length_penalty": (Real, lambda x: -np.inf < x < np.inf, "a finite number"),
 }
 
 

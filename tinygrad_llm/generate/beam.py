@@ -51,8 +51,6 @@ def beam_search(
     check(max_new_tokens=max_new_tokens, beams=beams, n_best=n_best, length_penalty=length_penalty)
     if n_best > beams:
         raise ValueError(f"n_best must be at most the number of beams, {beams}, got {n_best}")
-    if vocab_size is not None:
-        check(vocab_size=vocab_size)
     tokens = drawable(model, vocab_size)
     stops = stop_ids(stop_id, tokens)
     decoder, T = Decoder(model), ids.shape[1]
