@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -339,6 +340,29 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     assert_same_run(tmp_path / "stopped", straight)
 
 
+def test_a_second_ctrl_c_says_how_to_go_on(tmp_path, text_file):
+    slow = ["--accumulate", 100_000]  # a step that does not end before the second
+    process = start("train", "--data", text_file, *TINY, *slow, "--out", "run", cwd=tmp_path)
+    wait_for(process, "step 0/")
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)  # two at once are one
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    said = "stopped at once; go on from the last checkpoint with: .*tinygrad.llm (.*)\n"
+    assert re.fullmatch(said, errors)[1] == "train --out run --resume"
+    assert trainer_of(tmp_path / "run")["step"] == 0
+
+
+def test_ctrl_c_while_the_vocabulary_is_learned(tmp_path):
+    process = start("train", "--vocab-size", 20_000, "--out", "run", cwd=tmp_path)
+    wait_for(process, "learning a vocabulary")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "stopped, nothing was saved yet\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_killed_run_leaves_a_checkpoint_that_goes_on(tmp_path, text_file, straight):
     options = ["--data", text_file, *TINY, "--steps", 120, "--out", "killed"]
     process = start("train", *options, cwd=tmp_path)
@@ -510,7 +534,9 @@ def assert_refused(done, *parts):
         ("--speed 3", ["--speed", "train --help"]),
         ("--min-lr 1", ["min_lr must be at most lr"]),
         ("--warmup 900", ["warmup_steps must be 0 to steps"]),
-        ("--dropout 2", ["--dropout", "less than or equal to 1"]),
+        ("--dropout 1", ["--dropout 1 leaves nothing to learn: give below 1"]),
+        ("--dropout nan", ["--dropout"]),
+        ("--dropout -1", ["--dropout"]),
         ("--weight-decay -1", ["--weight-decay"]),
         ("--size gpt9", ["--size", "gpt2-xl"]),
         ("--size gpt2 --dim 64", ["--size says what --dim is: give one of them"]),
@@ -602,6 +628,18 @@ def test_generating_refuses(tmp_path, trained, arguments, parts):
     assert_refused(run("generate", *arguments, cwd=tmp_path), *parts)
 
 
+@pytest.mark.parametrize("prompt", ["-", b"caf\xe9"])
+def test_a_prompt_that_is_not_utf_8(trained, prompt):
+    directory, _ = trained
+    done = subprocess.run(
+        [*COMMAND, "generate", "--model", directory, prompt], input=b"\r\ncaf\xe9 creme\n",
+        env=ENVIRONMENT, capture_output=True, timeout=60,
+    )  # fmt: skip
+    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    what = "standard input is not UTF-8 at byte offset 5" if prompt == "-" else "at byte offset 3"
+    assert_refused(done, what, "iconv -f LATIN1 -t UTF-8")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "vocab.json", "config.json"])
 def test_generating_from_damaged_files(tmp_path, trained, name):
     directory, _ = trained
@@ -620,6 +658,14 @@ def test_resuming_from_damaged_files(tmp_path, trained, name):
     done = run("train", "--out", tmp_path, "--resume", "--steps", 99)
     assert_refused(done, name)
     assert files_of(tmp_path) == before
+
+
+def test_resuming_without_the_encoded_text(tmp_path, trained):
+    directory, _ = trained
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokens.npy").unlink()
+    done = run("train", "--out", tmp_path, "--resume", "--steps", 99)
+    assert_refused(done, "tokens.npy", "is gone: put it back, or start a new run with another")
 
 
 def test_weights_that_are_no_numbers(tmp_path, trained):

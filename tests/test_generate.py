@@ -176,6 +176,21 @@ def test_no_new_tokens_is_fine(model):
         ([[1]], {"stop_id": [1.5]}, ValueError, "stop_id 1.5 is no token"),
         ([[1]], {"max_new_tokens": -1}, ValueError, "must be an integer from 0 on, got -1"),
         ([[1]], {"max_new_tokens": 2.0}, ValueError, "must be an integer from 0 on, got 2.0"),
+        *(
+            ([[1]], {name: value}, ValueError, f"{name} must be .*, got {value!r}")
+            for name, values in {
+                "temperature": ["a", None, True, 1j],
+                "repetition_penalty": ["a", None, True],
+                "top_p": ["x", True],
+                "min_p": ["x", True],
+                "top_k": ["3", 1.5, True],
+                "vocab_size": ["3", True],
+                "max_new_tokens": ["3", None, 1.5, True],
+            }.items()
+            for value in values
+        ),
+        ([[1]], {"stop_id": True}, ValueError, "stop_id True is no token"),
+        ([[1]], {"stop_id": 1.5}, ValueError, "stop_id 1.5 is no token"),
         ([], {}, ValueError, "the prompt is empty"),
         ([[]], {}, ValueError, "the prompt is empty"),
         ([[[1]]], {}, ValueError, r"shape \(T,\) or \(B, T\), not \(1, 1, 1\)"),
@@ -186,6 +201,18 @@ def test_wrong_arguments_are_named_at_once(model, function, ids, options, error,
     with pytest.raises(error, match=says) as caught:
         function(model, ids, **{"max_new_tokens": 1, **options})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("function", [generate, stream, beam_search])
+@pytest.mark.parametrize("model", [None, Module(), lambda ids: ids])
+def test_a_model_that_does_not_say_its_sizes(function, model):
+    with pytest.raises(TypeError, match=r"needs cfg\.context_length and cfg\.vocab_size"):
+        function(model, [1], 1)
+
+
+def test_numpys_numbers_are_numbers(model):
+    options = {"temperature": np.float32(0.5), "top_k": np.int64(3), "top_p": np.float32(0.5)}
+    assert generate(model, [1], np.int64(2), **options, stop_id=np.uint8(3)).shape[0] == 1
 
 
 def test_ids_outside_the_vocabulary(model):
@@ -537,8 +564,12 @@ def test_beam_search_of_one_beam_is_greedy_and_more_find_likelier_texts(model):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"beams": 0}, "beams is a positive integer, not 0"),
-        ({"beams": 2.0}, "beams is a positive integer, not 2.0"),
+        ({"beams": 0}, "beams must be a positive integer, got 0"),
+        ({"beams": 1.5}, "beams must be a positive integer, got 1.5"),
+        ({"beams": True}, "beams must be a positive integer, got True"),
+        ({"n_best": "1"}, "n_best must be a positive integer, got '1'"),
+        ({"length_penalty": "a"}, "length_penalty must be a finite number, got 'a'"),
+        ({"vocab_size": 0}, "vocab_size must be a positive integer, got 0"),
         ({"beams": 2, "n_best": 3}, "n_best must be at most the number of beams, 2, got 3"),
         ({"length_penalty": float("nan")}, "length_penalty must be a finite number"),
         ({"max_new_tokens": -1}, "max_new_tokens must be an integer from 0 on"),

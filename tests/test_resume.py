@@ -457,9 +457,10 @@ def test_a_disk_that_is_full_from_the_start(tmp_path, text_file):
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 
     full = train(
-        "--data", text_file, "--out", tmp_path / "run", *TINY, "--steps", 2, preexec_fn=limit
+        "--data", text_file, "--out", tmp_path / "a" / "run", *TINY, "--steps", 2, preexec_fn=limit
     )
-    assert_refused(full, "No space left")
+    assert_refused(full, "nothing was saved yet", "run the same command again")
+    assert list(tmp_path.iterdir()) == []
     done = train("--data", text_file, "--out", tmp_path / "run", *TINY, "--steps", 2)
     assert done.returncode == 0, done.stderr
 

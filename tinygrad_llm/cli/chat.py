@@ -12,7 +12,7 @@ from ..generate import Decoder, stream, stream_text
 from ..gpt import GPT
 from ..tokenizer import Tokenizer
 from .errors import UserError, user_input
-from .generate import MinP, Model, Penalty, Seed, Temperature, TopK, TopP, sampling, write
+from .generate import MinP, Model, Penalty, Seed, Temperature, TopK, TopP, sampling, utf8, write
 from .screen import interruptible
 
 COMMANDS = {"/reset": "forgets what was said", "/quit": "ends, as Ctrl-D does"}
@@ -42,6 +42,7 @@ def chat(
         )  # fmt: skip
         stream(gpt, [0], 0, **options)  # refuses what is out of range
         conversation = Conversation(gpt, tokenizer, PlainTemplate(), max_tokens, options)
+    sys.stdin.reconfigure(errors="surrogateescape")  # what is wrong in a line is said of that line
     terminal = sys.stdin.isatty()
     if terminal:
         with contextlib.suppress(ImportError):
@@ -126,12 +127,18 @@ def _lines(prompt: str) -> Iterator[str]:
     while True:
         try:
             with user_input():
-                line = input(prompt).strip()
+                line = input(prompt)
         except EOFError:
             if prompt:
                 write("\n")
             return
-        yield line
+        try:
+            with user_input():
+                line = utf8(line, "this line").strip()
+        except UserError as error:
+            _say(str(error))
+        else:
+            yield line
 
 
 def _answer(conversation: Conversation, message: str) -> None:

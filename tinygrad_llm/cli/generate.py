@@ -17,7 +17,7 @@ from ..generate import generate as generate_rows
 from ..gpt import GPT
 from ..tokenizer import Tokenizer
 from ..tokenizer.bpe_files import END_OF_TEXT
-from .errors import user_input
+from .errors import user_input, utf8_expected
 
 TEMPERATURE, TOP_K = 0.8, 40  # where nothing else is asked for
 BATCH = 8  # prompts of a file that are continued side by side
@@ -145,6 +145,15 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
+def utf8(text: str, what: str) -> str:
+    """The text, which Python may have read with other bytes in it, hidden as half surrogate pairs.
+
+    Raises ValueError if it has.
+    """
+    with utf8_expected(what):
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+
+
 def _refuse_drawing(drawing: dict[str, Any]) -> None:
     """Raises ValueError for options that a search would not heed."""
     given = [name for name, value in drawing.items() if value is not None]
@@ -158,9 +167,11 @@ def _prompts(prompt: str | None, batch: Path | None) -> list[str]:
     if (prompt is None) == (batch is None):
         raise ValueError("give one prompt (- for standard input) or --batch FILE with some")
     if prompt == "-":
-        return [sys.stdin.read().removesuffix("\n")]
+        sys.stdin.reconfigure(errors="strict")
+        with utf8_expected("standard input"):
+            return [sys.stdin.read().removesuffix("\n")]
     if batch is None:
-        return [prompt]
+        return [utf8(prompt, "the prompt")]
     text = read_corpus(batch).removesuffix("\n")
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     if "" in lines:

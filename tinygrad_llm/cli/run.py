@@ -1,5 +1,6 @@
 """A training run: its directory and what is in it, how it begins, is saved, and goes on."""
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -34,7 +35,6 @@ from ..tokenizer import (
     load,
 )
 from ..train import Trainer, TrainSettings, versions
-from .errors import user_input
 from .log import EVENTS, LOG, Log, free_name
 from .screen import Screen, typed
 
@@ -62,10 +62,9 @@ class Run:
     def save(self) -> None:
         """The model, and last the checkpoint: it alone decides where --resume goes on."""
         state = {"trainer": self.trainer.state_dict(), "options": self.options}
-        with user_input():
-            self.log.sync()
-            self.save_model()
-            save_checkpoint(self.directory, self.trainer.step, state, self.options["keep"])
+        self.log.sync()
+        self.save_model()
+        save_checkpoint(self.directory, self.trainer.step, state, self.options["keep"])
 
     def save_model(self) -> None:
         """The model as it is now; with patience, as it was at its best, which checkpoints know."""
@@ -112,6 +111,7 @@ def new_run(
     model = GPT(_gpt_config(options, tokenizer.vocab_size))
     trainer = Trainer(model, train_tokens, val_tokens, settings)
 
+    existing = _nearest_existing(out / CHECKPOINTS if out else Path("runs"))
     directory = _made_directory(out)
     lock = _locked(directory)
     _check_free(directory)  # another process may have had it in the meantime
@@ -126,6 +126,7 @@ def new_run(
         (directory / INCOMPLETE).unlink()
     except BaseException:  # a full disk, Ctrl-C: half a run would stand in the way of the next
         _remove_results(directory)
+        _remove_directories(directory, existing)
         raise
     screen.say(
         f"{len(tokens):,} tokens; a GPT of {model.num_parameters():,} parameters trains for "
@@ -156,6 +157,8 @@ def _settings(options: dict[str, Any], steps: int, patience: int | None) -> Trai
 
 
 def _gpt_config(options: dict[str, Any], vocab_size: int) -> GPTConfig:
+    if not options["dropout"] < 1:  # nan neither
+        raise ValueError(f"--dropout {options['dropout']:g} leaves nothing to learn: give below 1")
     if options["dim"] % options["heads"]:
         raise ValueError(
             f"--heads {options['heads']} does not divide --dim {options['dim']}: "
@@ -244,7 +247,7 @@ def _check_memory(options: dict[str, Any], vocab_size: int) -> None:
 
 def _check_free(out: Path) -> None:
     """Raises ValueError if this directory cannot be written, or something in it would be lost."""
-    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    existing = _nearest_existing(out)
     if not existing.is_dir():
         raise ValueError(f"--out {out} cannot be made: {existing} is a file, choose another place")
     if not os.access(existing, os.W_OK):
@@ -261,6 +264,11 @@ def _check_free(out: Path) -> None:
     ours = [name for name in (*RESULTS, EVENTS, OLD_STATE) if (out / name).exists()]
     if ours:
         raise ValueError(f"--out {out} has a {ours[0]}, which would be lost: choose another place")
+
+
+def _nearest_existing(path: Path) -> Path:
+    """The path, or else the nearest directory above it that is there."""
+    return next(each for each in (path, *path.absolute().parents) if each.exists())
 
 
 def _made_directory(out: Path | None) -> Path:
@@ -310,6 +318,17 @@ def _remove_results(directory: Path) -> None:
     (directory / INCOMPLETE).unlink(missing_ok=True)
 
 
+def _remove_directories(directory: Path, existing: Path) -> None:
+    """The run's directories below `existing`, which this process has made, if they are empty."""
+    checkpoints = directory.absolute() / CHECKPOINTS
+    made = [p for p in (checkpoints, *checkpoints.parents) if existing.absolute() in p.parents]
+    with contextlib.suppress(OSError):  # something else is in it
+        if made:
+            (checkpoints / LOCK).unlink()
+        for path in made:
+            path.rmdir()
+
+
 # --- a run that goes on ---------------------------------------------------------------------------
 
 
@@ -339,8 +358,13 @@ def resumed_run(
     if "keep" in given:
         saved["keep"] = options["keep"]
 
-    prepared = _prepared_tokens(saved["data"])
-    tokens = open_tokens(prepared or out / TOKENS)
+    path_of_tokens = _prepared_tokens(saved["data"]) or out / TOKENS
+    if not path_of_tokens.exists():
+        raise ValueError(
+            f"{path_of_tokens}, the encoded text that this run trains on, is gone: put it back, or "
+            "start a new run with another --out"
+        )
+    tokens = open_tokens(path_of_tokens)
     train_tokens, val_tokens = train_val_split(tokens, VALIDATION_PART, saved["context"])
     _check_steps(out, state["trainer"], steps)
     trainer = Trainer.resume(state["trainer"], train_tokens, val_tokens, steps, patience)

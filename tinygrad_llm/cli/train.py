@@ -68,7 +68,7 @@ def train(
     heads: Annotated[int, option("Attention heads; must divide --dim.", MODEL, min=1)] = 4,
     dim: Annotated[int, option("Numbers that stand for one token.", MODEL, min=1)] = 128,
     dropout: Annotated[
-        float, option("Probability of dropout, in training only.", MODEL, min=0, max=1)
+        float, option("Probability of dropout, in training only; below 1.", MODEL, min=0)
     ] = 0.0,
     tie: Annotated[
         bool,
@@ -166,18 +166,26 @@ def train(
     options = {name: ctx.params[name] for name in SHAPE}
     options["data"] = [str(path.absolute()) for path in [*(data or []), *(more_data or [])]]
     options["threads"] = threads or default_threads()
-    with user_input():
-        if tensorboard:
-            summary_writer()  # before anything else: is there one?
-        _use_size(options, given)
-        if resume or resume_from:
-            more = steps if "steps" in given else None
-            run = resumed_run(out, resume_from, options, given, more, patience, tensorboard, screen)
-        else:
-            if tokenizer and "vocab_size" in given:
-                raise ValueError("--vocab-size is of a vocabulary to learn, --tokenizer has one")
-            run = new_run(out, options, steps, patience, tensorboard, screen)
-    return _train(run, screen)
+    going_on, run = resume or resume_from is not None, None
+    try:
+        with user_input(saved=going_on):
+            if tensorboard:
+                summary_writer()  # before anything else: is there one?
+            _use_size(options, given)
+            if going_on:
+                more = steps if "steps" in given else None
+                run = resumed_run(
+                    out, resume_from, options, given, more, patience, tensorboard, screen
+                )
+            else:
+                if tokenizer and "vocab_size" in given:
+                    raise ValueError(
+                        "--vocab-size is of a vocabulary to learn, --tokenizer has one"
+                    )
+                run = new_run(out, options, steps, patience, tensorboard, screen)
+        return _train(run, screen)
+    except KeyboardInterrupt:  # before the first step, or the second one after it
+        return _say_stopped(run, going_on)
 
 
 def _given_options(ctx: typer.Context) -> set[str]:
@@ -210,7 +218,8 @@ def _train(run: Run, screen: Screen) -> int:
             show(report.step, steps, line)
             stopping = stop.received
             if report.val_loss is not None or stopping:
-                run.save()
+                with user_input():
+                    run.save()
             if report.val_loss is not None:
                 screen.line(line)
                 if not screen.quiet and _sample_is_due(trainer):
@@ -260,6 +269,16 @@ def _say_done(run: Run, clock: Clock, screen: Screen) -> None:
 def _say_interrupted(run: Run) -> int:
     done = f"stopped after {run.trainer.step} steps and saved"
     print(f"{done}; go on with: {run.resume_command()}", file=sys.stderr)
+    return 130
+
+
+def _say_stopped(run: Run | None, going_on: bool) -> int:
+    done = (
+        "stopped, what was saved before is kept" if going_on else "stopped, nothing was saved yet"
+    )
+    if run:
+        done = f"stopped at once; go on from the last checkpoint with: {run.resume_command()}"
+    print(done, file=sys.stderr)
     return 130
 
 

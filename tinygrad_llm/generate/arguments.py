@@ -1,6 +1,7 @@
 """What the ways to generate are given, checked at once."""
 
 from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -33,26 +34,53 @@ def _integers(ids):
 
 
 def drawable(model: Any, vocab_size: int | None) -> int:
-    """How many tokens there are to choose from."""
-    largest = model.cfg.vocab_size
-    if vocab_size is not None and vocab_size > largest:
+    """How many tokens there are to choose from. Raises TypeError for a model that does not say."""
+    cfg = getattr(model, "cfg", None)
+    if not (hasattr(cfg, "vocab_size") and hasattr(cfg, "context_length")):
+        raise TypeError(
+            f"model, of type {type(model).__name__}, needs cfg.context_length and cfg.vocab_size, "
+            "as a GPT has them"
+        )
+    largest = cfg.vocab_size
+    if vocab_size is None:
+        return largest
+    check(vocab_size=vocab_size)
+    if vocab_size > largest:
         raise ValueError(f"vocab_size {vocab_size} is more than the model's {largest}")
-    return largest if vocab_size is None else vocab_size
+    return vocab_size
 
 
 def stop_ids(stop_id: int | Iterable[int] | None, vocab_size: int) -> np.ndarray:
     """None, one or several as an array. Raises ValueError for one that can never be drawn."""
-    if stop_id is None:
-        stops = []
-    else:
-        stops = [stop_id] if isinstance(stop_id, int | np.integer) else list(stop_id)
+    given = () if stop_id is None else stop_id
+    stops = list(given) if isinstance(given, Iterable) else [given]
     for stop in stops:
-        if not (isinstance(stop, int | np.integer) and 0 <= stop < vocab_size):
+        if not (_is_a(Integral, stop) and 0 <= stop < vocab_size):
             raise ValueError(f"stop_id {stop!r} is no token: ids are 0..{vocab_size - 1}")
     return np.array(stops, np.int64)
 
 
-def check_count(max_new_tokens: int) -> None:
-    """Raises ValueError for a number of tokens that cannot be."""
-    if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be an integer from 0 on, got {max_new_tokens}")
+_RANGES = {
+    "max_new_tokens": (Integral, lambda n: n >= 0, "an integer from 0 on"),
+    "temperature": (Real, lambda t: 0 <= t < np.inf, "a number from 0 on"),
+    "top_k": (Integral, lambda k: k >= 1, "a positive integer"),
+    "top_p": (Real, lambda p: 0 < p <= 1, "above 0 and at most 1"),
+    "min_p": (Real, lambda p: 0 <= p <= 1, "a number from 0 to 1"),
+    "repetition_penalty": (Real, lambda r: 0 < r < np.inf, "a number above 0"),
+    "vocab_size": (Integral, lambda n: n >= 1, "a positive integer"),
+    "beams": (Integral, lambda n: n >= 1, "a positive integer"),
+    "n_best": (Integral, lambda n: n >= 1, "a positive integer"),
+    "length_penalty": (Real, lambda x: -np.inf < x < np.inf, "a finite number"),
+}
+
+
+def check(**numbers: Any) -> None:
+    """Raises ValueError for the first of these arguments, by name, that cannot be."""
+    for name, value in numbers.items():
+        kind, fits, expected = _RANGES[name]
+        if not (_is_a(kind, value) and fits(value)):
+            raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def _is_a(kind, value):
+    return isinstance(value, kind) and not isinstance(value, bool)  # which Python calls Integral

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..nn.layers import check_sizes
-from .arguments import check_count, drawable, prompts, stop_ids
+from .arguments import check, drawable, prompts, stop_ids
 from .decoder import Decoder
 
 
@@ -49,8 +48,9 @@ def beam_search(
     ids, _ = prompts(ids)
     if len(ids) != 1:
         raise ValueError(f"beam_search continues one prompt, not {len(ids)}: call it for each")
-    check_count(max_new_tokens)
-    _check(beams, n_best, length_penalty)
+    check(max_new_tokens=max_new_tokens, beams=beams, n_best=n_best, length_penalty=length_penalty)
+    if n_best > beams:
+        raise ValueError(f"n_best must be at most the number of beams, {beams}, got {n_best}")
     tokens = drawable(model, vocab_size)
     stops = stop_ids(stop_id, tokens)
     decoder, T = Decoder(model), ids.shape[1]
@@ -89,11 +89,3 @@ def _log_softmax(logits):
     x = logits.astype(np.float64)
     x -= x.max(axis=-1, keepdims=True)
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
-
-
-def _check(beams, n_best, length_penalty):
-    check_sizes("beam_search", beams=beams, n_best=n_best)
-    if n_best > beams:
-        raise ValueError(f"n_best must be at most the number of beams, {beams}, got {n_best}")
-    if not np.isfinite(length_penalty):
-        raise ValueError(f"length_penalty must be a finite number, got {length_penalty}")

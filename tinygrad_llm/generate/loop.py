@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .. import random
-from .arguments import check_count, drawable, prompts, stop_ids
+from .arguments import check, drawable, prompts, stop_ids
 from .decoder import Decoder
 from .sampling import Sampler, check_top_k
 
@@ -28,6 +28,7 @@ def generate(
     """Continues prompts: an array (B, T) as an array (B, T + n) int64 with n <= max_new_tokens, a
     list of B prompts as a list of B arrays.
 
+    model        a Module, ids (B, T) -> logits (B, T, V); its cfg has context_length and vocab_size
     temperature  divides the logits: low is careful, high is varied, 0 takes the likeliest token
     top_k        only the k likeliest tokens may be drawn, and those equally likely
     top_p        only the likeliest tokens that have this probability together
@@ -45,8 +46,8 @@ def generate(
     The model sees at most its context length: the last tokens of a longer text. Its train or eval
     mode is as before afterwards.
     Raises ValueError for an empty prompt or an argument out of range; TypeError for ids that are no
-    integers; IndexError for ids outside the vocabulary; FloatingPointError for logits that are nan
-    or infinite.
+    integers, or a model without cfg; IndexError for ids outside the vocabulary; FloatingPointError
+    for logits that are nan or infinite.
     """
     texts, padding = prompts(ids)
     sampler = Sampler(temperature, top_k, top_p, min_p, repetition_penalty, generator, vocab_size)
@@ -111,7 +112,7 @@ def _length(new, stops):
 
 def _checked(model, max_new_tokens, sampler, stop_id):
     """The stop ids as an array, once all arguments are known to fit the model."""
-    check_count(max_new_tokens)
+    check(max_new_tokens=max_new_tokens)
     tokens = drawable(model, sampler.vocab_size)
     if sampler.top_k is not None:
         check_top_k(sampler.top_k, tokens)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import random
+from .arguments import check
 
 
 def repetition_penalty(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
@@ -23,7 +24,7 @@ def repetition_penalty(logits: np.ndarray, seen: np.ndarray, penalty: float) -> 
 
     seen    (B, V) booleans: which tokens are in each row's text
     """
-    _check("repetition_penalty", penalty)
+    check(repetition_penalty=penalty)
     penalised = np.where(logits < 0, logits * penalty, logits / penalty)
     return np.where(seen, penalised, logits)
 
@@ -35,7 +36,7 @@ def temperature(logits: np.ndarray, temperature: float) -> np.ndarray:
     """
     if temperature == 0:
         raise ValueError("temperature must be above 0 to divide by; for 0, take the argmax")
-    _check("temperature", temperature)
+    check(temperature=temperature)
     with np.errstate(over="ignore"):  # a tiny temperature: -inf is what is meant
         return (logits - logits.max(axis=-1, keepdims=True)) / temperature
 
@@ -49,7 +50,7 @@ def top_k(logits: np.ndarray, k: int) -> np.ndarray:
 
 def top_p(logits: np.ndarray, p: float) -> np.ndarray:
     """The likeliest tokens of each row, as few as have a probability of p together: the nucleus."""
-    _check("top_p", p)
+    check(top_p=p)
     nucleus = np.zeros(logits.shape, bool)
     for chances, inside in zip(probabilities(logits), nucleus, strict=True):
         # Of V tokens, those below (1 - p) / V have less than 1 - p together: none need be sorted.
@@ -63,7 +64,7 @@ def top_p(logits: np.ndarray, p: float) -> np.ndarray:
 
 def min_p(logits: np.ndarray, p: float) -> np.ndarray:
     """The tokens at least p times as likely as their row's likeliest."""
-    _check("min_p", p)
+    check(min_p=p)
     chances = probabilities(logits)
     return np.where(chances < p * chances.max(axis=-1, keepdims=True), -np.inf, logits)
 
@@ -78,7 +79,7 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 class Sampler:
     """Draws a token for each row: the functions above that are asked for, then the draw.
 
-    temperature 0 takes the likeliest token; None leaves a function out.
+    temperature 0 takes the likeliest token; None leaves top_k, top_p or min_p out.
     generator   source of randomness; default: the library's own
     vocab_size  only ids below it may be drawn
 
@@ -94,9 +95,10 @@ class Sampler:
     vocab_size: int | None = None
 
     def __post_init__(self):
-        for name in _RANGES:
+        check(temperature=self.temperature, repetition_penalty=self.repetition_penalty)
+        for name in ("top_k", "top_p", "min_p", "vocab_size"):
             if getattr(self, name) is not None:
-                _check(name, getattr(self, name))
+                check(**{name: getattr(self, name)})
         random.or_default(self.generator)
 
     def __call__(
@@ -139,22 +141,6 @@ def seen_tokens(ids: np.ndarray, padding: np.ndarray | None, vocab_size: int) ->
 
 def check_top_k(k: int, tokens: int) -> None:
     """Raises ValueError unless that many tokens can be chosen."""
-    _check("top_k", k)
+    check(top_k=k)
     if k > tokens:
         raise ValueError(f"top_k must be at most {tokens}, the number of tokens, got {k}")
-
-
-_RANGES = {
-    "temperature": (lambda t: 0 <= t < np.inf, "a number from 0 on"),
-    "top_k": (lambda k: isinstance(k, int | np.integer) and k >= 1, "a positive integer"),
-    "top_p": (lambda p: 0 < p <= 1, "above 0 and at most 1"),
-    "min_p": (lambda p: 0 <= p <= 1, "a number from 0 to 1"),
-    "repetition_penalty": (lambda r: 0 < r < np.inf, "a number above 0"),
-    "vocab_size": (lambda n: isinstance(n, int | np.integer) and n >= 1, "a positive integer"),
-}
-
-
-def _check(name, value):
-    fits, expected = _RANGES[name]
-    if not fits(value):
-        raise ValueError(f"{name} must be {expected}, got {value}")
