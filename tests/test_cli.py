@@ -216,7 +216,7 @@ def test_a_tokens_file_with_its_tokenizer(tmp_path, trained, text_file):
     np.save(ids, np.load(ids)[::-1])
     assert_refused(run(*resumed[:-2], 7), "trained on other tokens")
     ids.unlink()
-    assert_refused(run(*resumed[:-2], 7), "ids.npy", "does not exist")
+    assert_refused(run(*resumed[:-2], 7), "ids.npy", "is gone: put it back")
 
 
 def test_the_options_reach_the_run(tmp_path, text_file):
