@@ -678,7 +678,7 @@ _IN_THE_ENGINE = {
         ),
         ("a gradient keeps the dtype of the output", "else g.astype(x.dtype)", "else g"),
     ),
-    "tensor._own": (("a borrowed array is not copied", "np.array(gradient)", "gradient"),),
+    "tensor._own": (("a borrowed array is not copied", "gradient.copy()", "gradient"),),
     "tensor._walk": (
         (
             "the second contribution replaces the first",
