@@ -269,7 +269,12 @@ def reading(choice):
     return Reading(_NUMPY, kept, off)
 
 
-FUSED = ("mlp", "self_attention", "linear_cross_entropy")  # kernels for several ops: tensor.fused
+FUSED = (
+    "mlp",
+    "self_attention",
+    "seeded_dropout",
+    "linear_cross_entropy",
+)  # kernels for several ops: tensor.fused
 
 
 class _Current(threading.local):

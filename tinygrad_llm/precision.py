@@ -2,15 +2,15 @@
 
 Weights and activations of bfloat16 or float16 take half the memory of float32, and matrix products
 of them are many times as fast on a GPU. What they cannot do is add up: bfloat16 holds three digits,
-float16 nothing above 65504. So
+and float16 nothing above 65504. So
 
     ops that only move numbers      work on the 16 bits
     losses                          compute in float32, and their result is float32
     all others                      compute in float32 and round once, at the end
 
-A kernel that takes 16 bits keeps these rules inside: its products and sums are float32. An optimizer
-keeps a float32 copy of every 16-bit parameter, since most steps are smaller than half a unit of its
-last place: see optim.py. Micikevicius et al., "Mixed Precision Training", 2018.
+A kernel that takes 16 bits keeps these rules inside: its products and sums are float32. And an
+optimizer keeps a float32 copy of every 16-bit parameter, since most steps are smaller than half a
+unit of its last place: see optim.py. Micikevicius et al., "Mixed Precision Training", 2018.
 """
 
 import ml_dtypes
@@ -22,13 +22,13 @@ DTYPES = {
     "float16": np.dtype(np.float16),
 }
 NARROW = (DTYPES["bfloat16"], DTYPES["float16"])
-MOVES = frozenset(
-    "reshape permute_dims matrix_transpose expand_dims squeeze broadcast_to getitem put concat "
-    "stack cast".split()
-)
-LOSSES = frozenset(
-    "cross_entropy binary_cross_entropy binary_cross_entropy_with_logits mse_loss".split()
-)
+MOVES = frozenset({
+    "reshape", "permute_dims", "matrix_transpose", "expand_dims", "squeeze", "broadcast_to",
+    "getitem", "put", "concat", "stack", "cast",
+})  # fmt: skip
+LOSSES = frozenset({
+    "cross_entropy", "binary_cross_entropy", "binary_cross_entropy_with_logits", "mse_loss",
+})  # fmt: skip
 
 
 def dtype(name):
@@ -45,7 +45,7 @@ def is_narrow(x):
 
 
 def in_float32(forward, vjp, saves, name):
-    """An op's two functions, for arrays some of which are narrow: computed as its row above says."""
+    """An op's two functions for arrays some of which are narrow: computed as the table says."""
     if name in MOVES:
         return forward, vjp
 

@@ -164,6 +164,10 @@ class Generator:
         rows = zip(sums.reshape(-1, p.shape[-1]), u.reshape(-1, k))
         return np.array([np.searchsorted(s, v) for s, v in rows], np.int64).reshape(u.shape)
 
+    def kernel_seed(self):
+        """For a kernel of a GPU that draws by itself, with Philox: the arguments that name what."""
+        return {"seed": int(self.integers(0, 2**62, ()))}
+
     # --- words ------------------------------------------------------------------------------------
 
     def words(self, n):

@@ -431,11 +431,13 @@ def _together(name, args, arrays):
     return where, [where.put(a) if hasattr(a, "dtype") else a for a in arrays]
 
 
-def fused(name, definition, *inputs, **attributes):
+def fused(name, definition, *inputs, drawn=None, **attributes):
     """definition(*inputs), a composition of ops on Tensors (or None), by one kernel of that name if
     the device of the inputs has one that takes them.
 
     attributes  what the kernel is given beside the arrays
+    drawn       a function that gives more of them, from a random stream that the definition, too,
+                would draw from: it is called for the kernel only
     """
     tensors = [x for x in inputs if x is not None]
     first = tensors[0].data
@@ -446,6 +448,7 @@ def fused(name, definition, *inputs, **attributes):
     if kernel is None:
         return definition(*inputs)
     arrays = [None if x is None else x.data for x in inputs]
+    attributes |= drawn() if drawn else {}
     try:
         y, saved = kernel.forward(*arrays, **attributes)
     except (TypeError, ValueError) as error:
@@ -482,6 +485,11 @@ _TO = backend.Implementation(
     lambda g, y, x: (of(x).put(g),),
     saves=False,
 )
+
+
+def raw(x):
+    """The array of a Tensor, an array of any device, or what NumPy makes an array of."""
+    return x.data if isinstance(x, Tensor) else x if hasattr(x, "dtype") else np.asarray(x)
 
 
 def _may_be_float64(arrays, attributes):
@@ -680,13 +688,14 @@ def _seed(root, gradient, create_graph):
                 "without it only a single number can start"
             )
         gradient = np.ones_like(root.data)
-    raw = gradient.data if isinstance(gradient, Tensor) else backend.asarray(gradient, root.dtype)
-    raw = of(root.data).put(raw)
-    if raw.shape != root.shape:
-        raise ValueError(f"gradient has shape {raw.shape}, expected {root.shape}")
+    array = raw(gradient)
+    array = of(root.data).put(array)
+    if array.shape != root.shape:
+        raise ValueError(f"gradient has shape {array.shape}, expected {root.shape}")
+    array = array.astype(root.dtype, copy=False)
     if create_graph:
-        return gradient if isinstance(gradient, Tensor) else Tensor(raw)
-    return raw.astype(root.dtype, copy=False)
+        return gradient if isinstance(gradient, Tensor) else Tensor(array)
+    return array
 
 
 def _freed(op):

@@ -703,8 +703,8 @@ _IN_THE_ENGINE = {
     "tensor._seed": (
         (
             "every gradient starts as ones",
-            "raw.astype(root.dtype, copy=False)",
-            "np.ones_like(raw)",
+            "array.astype(root.dtype, copy=False)",
+            "np.ones_like(array)",
         ),
     ),
     "tensor._vjp": (

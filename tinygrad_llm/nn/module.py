@@ -151,9 +151,7 @@ class Module:
         dtype = precision.dtype(target)
         if dtype.kind not in "fcV":
             raise TypeError(f"parameters are floating-point numbers, they cannot become {dtype}")
-        return self._changed(
-            lambda x: x.astype(dtype, copy=False) if x.dtype.kind in "fcV" else x
-        )
+        return self._changed(lambda x: x.astype(dtype, copy=False) if x.dtype.kind in "fcV" else x)
 
     def _changed(self, change):
         """With change(array) in the place of every array that is saved, and of its gradient."""
@@ -170,7 +168,9 @@ class Module:
         """
         where = {tensor.device for _, tensor in self._saved()} or {"cpu"}
         if len(where) > 1:
-            raise ValueError(f"{type(self).__name__} has parameters on {' and '.join(sorted(where))}")
+            raise ValueError(
+                f"{type(self).__name__} has parameters on {' and '.join(sorted(where))}"
+            )
         return where.pop()
 
     # --- saving and loading ---
