@@ -26,7 +26,7 @@ ENGINE = [
     "explain",
 ]
 MODEL = ["nn", "optim", "gpt", "data", "tokenizer", "checkpoint", "generate"]
-PARTS = [*ENGINE, *MODEL, "parallel", "train", "finetune", "evaluate", "cli", "__main__"]
+PARTS = [*ENGINE, *MODEL, "parallel", "step", "train", "finetune", "evaluate", "cli", "__main__"]
 MAY_IMPORT = {part: set(PARTS[:i]) for i, part in enumerate(PARTS)}  # what stands before it
 MAY_IMPORT |= {part: may - {"ops"} for part, may in MAY_IMPORT.items() if part not in ENGINE}
 MAY_IMPORT |= {"kernels": set(), "data": {"random"}, "tokenizer": {"data"}, "__init__": {"tensor"}}

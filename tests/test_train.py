@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from tinygrad_llm import random, train
+from tinygrad_llm import random, step
 from tinygrad_llm.checkpoint import load_training_state, save_training_state
 from tinygrad_llm.functional import cross_entropy
 from tinygrad_llm.gpt import GPT, GPTConfig
@@ -122,7 +122,7 @@ def test_the_length_of_the_gradient_is_taken_with_the_threads_of_the_settings(mo
         seen.extend(blas["num_threads"] for blas in threadpool_info() if blas["user_api"] == "blas")
         return clip_grad_norm_(*arguments)
 
-    monkeypatch.setattr(train, "clip_grad_norm_", watched)
+    monkeypatch.setattr(step, "clip_grad_norm_", watched)
     with threadpool_limits(1, "blas"):
         make_trainer(replace(SETTINGS, threads=2)).training_step()
     assert set(seen) == {2}

@@ -232,6 +232,18 @@ def _load_kernels(package, which="KERNELS"):
     return found
 
 
+def kernel_module(device, name):
+    """The module of a device's kernels that has those of no op, such as "optim"; None where there
+    is none, or where kernels are switched off.
+    """
+    if not device.kernels or current.reading.off is None or name in current.reading.off:
+        return None
+    try:
+        return importlib.import_module(f"{device.kernels}.{name}")
+    except ModuleNotFoundError:
+        return None
+
+
 @functools.cache
 def _space(device):
     """The namespace of a device with the op table laid over it."""
@@ -259,11 +271,11 @@ def reading(choice):
     if choice == "off":
         return MATHS
     off = frozenset(choice.removeprefix("off:").split(",")) if choice.startswith("off:") else {""}
-    known = {*TABLE, *FUSED}
+    known = {*TABLE, *FUSED, "optim"}
     if unknown := sorted(off - known):
         raise ValueError(
-            f"kernels is {choice!r}; expected auto, off, or off:NAME,NAME for names of ops, such as "
-            f"off:softmax,linear" + (f": there is no {unknown[0]!r}" if unknown[0] else "")
+            f"kernels is {choice!r}; expected auto, off, or off: and names of ops, such as "
+            "off:softmax,linear" + (f": there is no {unknown[0]!r}" if unknown[0] else "")
         )
     kept = {name: kernel for name, kernel in CPU.kernels.items() if name not in off}
     return Reading(_NUMPY, kept, off)

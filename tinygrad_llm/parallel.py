@@ -19,6 +19,7 @@ from threadpoolctl import ThreadpoolController
 
 from . import backend
 from .gpt import GPT
+from .precision import is_narrow
 from .tensor import Tensor, leaf_gradients, no_grad
 
 IGNORED = -100  # a target that does not count
@@ -66,16 +67,25 @@ class Shards:
 
         return sum(self._each(shard, model, ids, targets, 1.0))
 
-    def backward(self, model: GPT, ids: NDArray, targets: NDArray, pieces: int = 1) -> float:
-        """The same; and .grad of every parameter is its gradient, whatever it was before.
+    def backward(
+        self,
+        model: GPT,
+        ids: NDArray,
+        targets: NDArray,
+        pieces: int = 1,
+        scale: float = 1.0,
+    ) -> float:
+        """The same; and .grad of every parameter is its gradient, whatever it was before: in
+        float32 for parameters of 16 bits.
 
         With more `pieces`, the rows take turns: the same mean and gradient, up to rounding, in the
-        memory that one piece needs (gradient accumulation).
+        memory that one piece needs (gradient accumulation). Backward starts from `scale`, and the
+        gradients are divided by it: see optim.LossScale.
         """
 
         def shard(ids, targets, weight):
             loss = model.loss(ids, targets)
-            return loss.item() * weight, leaf_gradients(loss, weight)
+            return loss.item() * weight, leaf_gradients(loss, weight * scale)
 
         total, gradients = 0.0, {}
         for rows, weight in _shares(targets, pieces):
@@ -85,6 +95,8 @@ class Shards:
                 _add(gradients, of_shard)
         for parameter in model.parameters():
             parameter.grad = gradients.get(id(parameter))
+            if scale != 1 and parameter.grad is not None:
+                parameter.grad.data /= scale
         return total
 
     def _each(
@@ -122,4 +134,4 @@ def _add(gradients: dict[int, Tensor], more: dict[int, Tensor]) -> None:
         if i in gradients:
             gradients[i].data += gradient.data
         else:
-            gradients[i] = gradient
+            gradients[i] = gradient.float() if is_narrow(gradient.data) else gradient

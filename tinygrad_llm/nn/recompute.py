@@ -62,6 +62,7 @@ class _Call:
     def __init__(self, function: Callable, inputs: tuple, generator: random.Generator):
         self.function, self.inputs, self.generator = function, inputs, generator
         self.state, self.reading = generator.get_state(), backend.current.reading
+        self.seeds = random.kernel_seeds_now()
         self.parameters: list[Tensor] = []
 
     def gradients(self, gradient, first, needs: tuple[bool, ...]) -> tuple:
@@ -70,7 +71,8 @@ class _Call:
         first       what the function returned the first time, an array
         """
         inputs = _cut_off(self.inputs)
-        with enable_grad(), backend.using(self.reading), self._same_draws():
+        seeds = random.kernel_seeds_from(*self.seeds)
+        with enable_grad(), backend.using(self.reading), self._same_draws(), seeds:
             y = self.function(*inputs)
         if not _same(y.data, first):
             raise RuntimeError(
