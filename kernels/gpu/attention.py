@@ -587,8 +587,8 @@ def _padded(width):
 
 
 def _checked(
-    q, k, v, M, B, D, *, causal=False, scale=None, window=None, segments=None, dropout=0.0, seed=0,
-    seed_offset=0, precision="ieee",
+    q, k, v, M=True, B=0.0, D=1.0, *, causal=False, scale=None, window=None, segments=None,
+    dropout=0.0, seed=0, seed_offset=0, precision="ieee",
 ):  # fmt: skip
     """The call, if it can be done. TypeError or ValueError if not."""
     _refuse_masks(M, B, D)

@@ -231,9 +231,10 @@ class append:
     k (B, H_k, T, d), v (B, H_k, T, e), keys (B, H_k, n, d), values (B, H_k, n, e), lengths (B,)
     integers: how much of each sequence's cache is filled -> (keys, values)
 
-    It WRITES TO `keys` and `values`: that is what it is for. Only the last axes have to be contiguous: k and v may be views of one (B, T, 3, H,
-    d). Lengths are not changed. Positions outside of 0..n-1 are not written, and cannot be reported
-    without waiting for the device; decode with lengths + T makes such a sequence NaN. No gradient.
+    It WRITES TO `keys` and `values`: that is what it is for. Only the last axes have to be
+    contiguous: k and v may be views of one (B, T, 3, H, d). `lengths` stays as it is. Positions
+    outside of 0..n-1 are not written, and cannot be reported without waiting for the device; decode
+    with lengths + T makes such a sequence NaN. No gradient.
     """
 
     @staticmethod

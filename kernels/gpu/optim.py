@@ -387,7 +387,7 @@ class AdamW:
     def _number(self, x, name, dtypes, least):
         """x on the device: lr from 0 on, or a step, an integer from 1 on."""
         if isinstance(x, numbers.Number):
-            fits = lambda x: least <= x < math.inf and (least == 0 or x == int(x))  # noqa: E731
+            fits = lambda x: least <= x < 2.0**63 and (least == 0 or x == int(x))  # noqa: E731
             x = number(x, name, fits, "0 or more" if least == 0 else "an integer from 1 on")
             return self._norm.upload(np.array([x], dtypes[0]))
         x = array(x, name, dtypes)
