@@ -203,7 +203,7 @@ def test_gradients_that_are_not_needed():
 def test_float16_keeps_small_gradients_for_a_large_g():
     """Rows that are nearly sure, columns that are never likely, and a loss scale as g."""
     h, w = np.zeros((4, 16)), 0.1 * np.random.default_rng(0).standard_normal((60, 16))
-    h[:, :4], w[:4] = 4 * np.eye(4), 4 * np.eye(4, 16)  # the target's logit is 16 more, the others' P 1e-7
+    h[:, :4], w[:4] = 4 * np.eye(4), 4 * np.eye(4, 16)  # targets' logits 16: the others' P 1e-7
     h, w = rounded(h, "float16"), rounded(w, "float16")
     t, g = np.arange(4), np.full((), 2.0**24, np.float32)
     y, saved = loss.linear_cross_entropy.forward(device(h), device(w), device(t))
