@@ -17,6 +17,10 @@ from tinygrad_llm.kernels.gpu.arrays import CuPyHome, array
 from tinygrad_llm.kernels.gpu.graph import Graph, GraphError, Readback, Staging
 from tinygrad_llm.kernels.gpu.simulated import DeviceArray, xp
 
+from tinygrad_llm import backend
+from tinygrad_llm.check.cases import arguments
+from tinygrad_llm.ops import TABLE
+
 simulation = pytest.mark.skipif(not driver.INTERPRETED, reason="simulates the GPU that is here")
 BFLOAT16 = ml_dtypes.bfloat16
 here = xp if driver.INTERPRETED else pytest.importorskip("cupy")  # where kernels run
@@ -247,6 +251,33 @@ def test_any_program_is_replayed_as_it_runs(program):
         return xp.stack(arrays)
 
     again_and_again(run, on_device(2, 2), on_device(2, 2, seed=9))
+
+
+@simulation
+@pytest.mark.parametrize("op", TABLE.values(), ids=lambda op: op.name)
+def test_every_op_can_be_recorded(op):
+    """Its own lines, forward and backward, with CuPy's manners."""
+    space = backend.Space(xp)
+
+    @settings(max_examples=3)
+    @given(arguments(op))
+    def holds(case):
+        arrays = [xp.asarray(a) if isinstance(a, np.ndarray) else a for a in case[0]]
+
+        def run():
+            y = op.forward(space, *arrays, **case[1])
+            y, saved = (y[0], {"saved": y[1]}) if op.saves else (y, {})
+            return y, *op.vjp(space, xp.ones_like(y), y, *arrays, **saved, **case[1])
+
+        recorded, expected = Graph(run, warmups=1), run()
+        recorded.replay()
+        for found, value in zip(recorded.result, expected, strict=True):
+            assert type(found) is type(value)
+            if value is not None:
+                np.testing.assert_array_equal(found.get(), value.get())
+
+    with np.errstate(all="ignore"):
+        holds()
 
 
 @simulation

@@ -178,9 +178,10 @@ def _new(run, inputs):
     """run() on the device; noted down if one of its results is no view of the inputs."""
     result = _as_arrays(run())
     if (recording := driver.recording()) is not None:
-        results = list(_arrays(result))
-        if not all(any(np.may_share_memory(r, x) for x in inputs) for r in results):
-            recording.new(run, results)
+        views = [any(np.may_share_memory(r, x) for x in inputs) for r in _arrays(result)]
+        if not all(views):
+            result = _each(_writable, result)
+            recording.new(run, list(_arrays(result)))
     return _on_device(result)
 
 
@@ -239,6 +240,10 @@ def _position_of_out(function):
     parameters = inspect.signature(function).parameters
     named_only = "out" not in parameters or parameters["out"].kind is inspect.Parameter.KEYWORD_ONLY
     return sys.maxsize if named_only else list(parameters).index("out")
+
+
+def _writable(x):
+    return x if x.flags.writeable else x.copy()  # a number broadcast
 
 
 def _part(x, index):
