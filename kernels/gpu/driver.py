@@ -43,6 +43,7 @@ class _State(threading.local):
     chip = None  # what to compile for inside compiling()
     compiled = None  # what has been compiled there
     home = None  # whose arrays the kernel is about to get
+    recording = None  # the graph that what is launched becomes a part of
 
 
 _state = _State()
@@ -64,6 +65,8 @@ def launch(kernel, grid, *arguments, **options):
     num_stages and maxnreg.
     """
     follow(arguments)
+    if _state.recording is not None and _state.home == "simulated":
+        return _state.recording.launch(kernel, grid, arguments, options)
     if INTERPRETED:
         with np.errstate(all="ignore"):  # NumPy warns of what a GPU does without a word
             return kernel[grid](*arguments, **options)
@@ -99,6 +102,23 @@ def _libraries_of(arguments):
             yield x.home.module
         elif isinstance(x, TensorDescriptor):
             yield x.base.home.module
+
+
+def recording():
+    """The graph that is being recorded in this thread: see graph.py; None if none is."""
+    return _state.recording
+
+
+@contextlib.contextmanager
+def recording_into(graph):
+    """Inside, this graph is being recorded. RuntimeError if another one is."""
+    if _state.recording is not None:
+        raise RuntimeError("a graph is being recorded already: record one after the other")
+    _state.recording = graph
+    try:
+        yield
+    finally:
+        _state.recording = None
 
 
 @contextlib.contextmanager
