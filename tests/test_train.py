@@ -267,8 +267,8 @@ def test_patience_keeps_the_best_weights_and_so_does_a_state():
     best, lowest = trainer.best
     assert 0 < best == trainer.step - 4
     assert loss_of(trainer.best_model()) == lowest < loss_of(trainer.model)
-    for step in (best - 1, best, best + 2):  # from before, at, and after the best
-        resumed = Trainer.resume(states[step], TOKENS[:500], TOKENS[500:])
+    for step_ in (best - 1, best, best + 2):  # from before, at, and after the best
+        resumed = Trainer.resume(states[step_], TOKENS[:500], TOKENS[500:])
         assert loss_of(resumed.best_model()) == resumed.best[1]
         list(resumed.run())
         assert resumed.best == trainer.best and loss_of(resumed.best_model()) == lowest

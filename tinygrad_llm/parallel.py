@@ -43,7 +43,7 @@ class Shards:
 
     The sums are taken in the same order every time: the same number of threads gives the same bits.
     A model with dropout, in training, runs on one thread, since its masks come from one random
-    stream, and so does a single row: BLAS has `threads` then.
+    stream, and so do a single row, for which BLAS has `threads` then, and a GPU.
     Each further thread holds gradients of its own while it computes, as large as the weights.
     """
 
@@ -104,7 +104,8 @@ class Shards:
     ) -> list[Any]:
         """shard(ids, targets, weight) for each thread's rows; the weights add up to `whole`."""
         draws_masks = model.training and any(map(model.cfg.dropout, ("emb", "attn", "shortcut")))
-        shares = _shares(targets, 1 if draws_masks else self.threads)
+        alone = draws_masks or model.device != "cpu"
+        shares = _shares(targets, 1 if alone else self.threads)
         if len(shares) == 1:
             with self.limited():
                 return [shard(ids, targets, whole)]
