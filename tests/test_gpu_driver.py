@@ -2,6 +2,7 @@
 the mended interpreter, tables of tile sizes."""
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -12,13 +13,14 @@ import sys
 import warnings
 from pathlib import Path
 
+import gpu_harness as harness
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
-from gpu_harness import ON_GPU
+from gpu_harness import ON_GPU, Mutant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tinygrad_llm.kernels.gpu import driver, frozen, linear, norm, optim, tuning
@@ -194,11 +196,8 @@ def test_descriptors_and_strides_reach_the_gpus_driver(fake_cuda):
 # --- launches that repeat an earlier one ----------------------------------------------------------
 
 HOMES = [type("Ours", (AbstractHome,), {})() for _ in range(2)]
-EDGES = [0, 1, 2, 16, 2**31, 2**32, 2**63, 2**64]
-INTEGERS = st.builds(
-    lambda sign, edge, step: sign * edge + step,
-    st.sampled_from([1, -1]), st.sampled_from(EDGES), st.sampled_from([-16, -1, 0, 1, 16]),
-)  # fmt: skip
+EDGES = [0, 1, 16, 2**31, 2**40, 2**63, 2**64]
+INTEGERS = st.sampled_from([s * e + d for e in EDGES for s in (1, -1) for d in (-16, -1, 0, 1, 8)])
 CONSTANTS = [0, 1, True, False, 1.0, None, 16, "1", (1,), (True,), tl.float32, "float32"]
 
 
@@ -217,11 +216,13 @@ DESCRIPTORS = st.builds(
     POINTERS.filter(lambda x: x.address % 16 == 0),
     st.lists(st.sampled_from([1, 16, 32]), min_size=1, max_size=3),
 )
-ARGUMENTS = st.recursive(
-    st.one_of(INTEGERS, INTEGERS, POINTERS, DESCRIPTORS, st.none(), st.booleans(), st.floats()),
-    lambda inner: st.lists(inner, max_size=3).map(tuple),
-    max_leaves=3,
+SCALARS = st.sampled_from([None, True, False, 0.5, -1.5, 1.0, 1, 3, 16])
+TUPLES = st.recursive(
+    st.sampled_from([3, 0.5]), lambda x: st.lists(x, max_size=2).map(tuple), max_leaves=3
 )
+MIXED = st.one_of(INTEGERS, POINTERS, DESCRIPTORS, st.lists(POINTERS | SCALARS).map(tuple))
+KINDS = INTEGERS, POINTERS, DESCRIPTORS, SCALARS, TUPLES, MIXED
+POOLS = [st.lists(x, min_size=6, max_size=6) for x in KINDS]
 
 
 def _of_integers(x: tl.int64, y, N: tl.constexpr, M: tl.constexpr = 1):
@@ -245,34 +246,64 @@ SPECIALIZED = [
 ]
 
 
+@functools.cache
+def _binder(kernel):
+    backend = CUDABackend(GPUTarget("cuda", 90, 32))
+    return create_function_from_signature(kernel.signature, kernel.params, backend)
+
+
 def tritons_key(kernel, arguments, options):
     """What Triton looks a compiled kernel up by; what it says if it refuses."""
-    backend = CUDABackend(GPUTarget("cuda", 90, 32))
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     try:
-        _, specialization, more = bind(*arguments, **options)
+        _, specialization, more = _binder(kernel)(*arguments, **options)
     except (OverflowError, TypeError) as error:
         return str(error)
     return tuple(specialization), str(more)
 
 
-@given(
-    st.sampled_from(SPECIALIZED),
-    st.lists(ARGUMENTS, min_size=4, max_size=6),
-    st.lists(st.sampled_from(CONSTANTS), min_size=2, max_size=3),
-)
-@settings(max_examples=150, deadline=None)
-def test_launches_of_the_same_key_are_specialized_alike(kernel, pool, constants):
+def launches_of_the_same_key_are_specialized_alike(frozen, draw):
     """All pairs of some arguments, with some constants: what shares a key shares Triton's."""
+    kernel = draw(st.sampled_from(SPECIALIZED))
+    pool = draw(draw(st.sampled_from(POOLS)))
+    constants = draw(st.lists(st.sampled_from(CONSTANTS), min_size=2, max_size=3))
     options = [{"N": c} for c in constants] + [{"N": 16, "num_warps": w} for w in (4, 4.0, 1, True)]
-    options += [{"N": constants[0], "M": c} for c in constants]
+    options += [{"N": 16, "M": c} for c in (1, *constants)]
     chosen = {}
     for arguments in itertools.product(pool, repeat=2):
-        for given in options if arguments[0] is arguments[1] else options[:1]:
+        for constant in options if arguments[0] is arguments[1] else options[:1]:
             with contextlib.suppress(frozen.Unusual):
-                key, _, _ = frozen.key(kernel, arguments, given)
-                theirs = tritons_key(kernel, arguments, given)
+                key, _, _ = frozen.key(kernel, arguments, constant)
+                theirs = tritons_key(kernel, arguments, constant)
                 assert chosen.setdefault(tuple(key), theirs) == theirs
+
+
+ALIKE = launches_of_the_same_key_are_specialized_alike
+MUTANTS = [
+    Mutant("1 is no constant", "1 if x == 1 else 2 if x & 15", "2 if x & 15"),
+    Mutant("multiples of 8", "1 if x == 1 else 2 if x & 15", "1 if x == 1 else 2 if x & 7"),
+    Mutant("64 bits are like 32", "if x >> 31 else", "if x >> 63 else"),
+    Mutant("negative 64 bits are like 32", "-(2**31) <= x < 0", "x < 0"),
+    Mutant(
+        "64 bits without a sign are like 63", "return 6 if x & 15 else 7", "return 4 + (not x & 15)"
+    ),
+    Mutant("all pointers are aligned", "(dtype,) if address & 15 else dtype", "dtype"),
+    Mutant("any dtype", "(dtype,) if address & 15 else dtype", "address & 15 == 0"),
+    Mutant("a bool is like a float", "found.append(kind)", "found.append(float)"),
+    Mutant("tuples are flat", "found += tuple, len(x)", "pass"),
+    Mutant("tuples have no end", "found += tuple, len(x)", "found.append(tuple)"),
+    Mutant("blocks of any shape", "found += kind, tuple(x.block_shape)", "found.append(kind)"),
+    Mutant("a constant's type", ", *map(type, constants)]", "]"),
+    Mutant("a constant's name", "*options, *constants", "*constants"),
+]
+
+
+def test_launches_of_the_same_key_are_specialized_alike():
+    harness.run(ALIKE, frozen, examples=100)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutants_of_the_key_are_killed(mutant, tmp_path):
+    assert harness.killed(frozen, mutant, [ALIKE], tmp_path, examples=200)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +342,9 @@ import triton.language as tl
 FACTOR = tl.constexpr(2)
 
 @triton.jit(do_not_specialize=["seed"])
-def numbers(x, y, n, far, seed, scale, flag, some, nothing, N: tl.constexpr, LAST: tl.constexpr = 7):
+def numbers(
+    x, y, n, far, seed, scale, flag, some, nothing, N: tl.constexpr, LAST: tl.constexpr = 7
+):
     tl.store(x, n + seed + FACTOR)
 
 @triton.jit
@@ -353,6 +386,9 @@ def tile(address, *block, rows=64):
 def numbers(*arguments, grid=(1,), **options):
     driver.launch(repeated.numbers, grid, *arguments, **{"N": 16, **options})
 
+def tiles(*arguments):
+    driver.launch(repeated.tiles, (3,), *arguments, N=1)
+
 def usual(x=0x1000, y=0x2002, n=768, far=2**40, seed=12345, **options):
     some = (3, None, at(0x30), 1, 0.25)
     numbers(at(x), at(y), n, far, seed, 0.5, True, some, None, **options)
@@ -388,17 +424,18 @@ cases = {
         lambda: usual(n=-7, seed=-1),
     ],
     "8,8,8,4,4,1,4,8,4,8,8": [lambda: usual(n=1), lambda: usual(n=1, seed=1)],
-    "8,8,8,8,8,4,1,4,8,4,8,8": [lambda: usual(n=2**63, seed=2**31), lambda: usual(n=2**63, seed=2**40 + 1)],
+    "8,8,8,8,8,4,1,4,8,4,8,8": [
+        lambda: usual(n=2**63, seed=2**31),
+        lambda: usual(n=2**63, seed=2**40 + 1),
+    ],
     "8,8,1,4,4,4,4,1,8,8": [
         lambda: numbers(at(16), at(0, "float32"), True, 5, 6, 7.5, 8, (False, 1), None),
     ],
     "128,4,4,8,8,128,4,4,8,8,4,8,8": [
-        lambda: driver.launch(repeated.tiles, (3,), tile(0x100, 16, 16), tile(0x200, 16, 16), 9, N=1),
-        lambda: driver.launch(repeated.tiles, (3,), tile(0x300, 16, 16), tile(0x200, 16, 16), 9, N=1),
-        lambda: driver.launch(
-            repeated.tiles, (3,), tile(0x300, 16, 16, rows=32), tile(0x500, 16, 16), 10, N=1
-        ),
-        lambda: driver.launch(repeated.tiles, (3,), tile(0x100, 32, 16), tile(0x200, 32, 16), 9, N=1),
+        lambda: tiles(tile(0x100, 16, 16), tile(0x200, 16, 16), 9),
+        lambda: tiles(tile(0x300, 16, 16), tile(0x200, 16, 16), 9),
+        lambda: tiles(tile(0x300, 16, 16, rows=32), tile(0x500, 16, 16), 10),
+        lambda: tiles(tile(0x100, 32, 16), tile(0x200, 32, 16), 9),
     ],
 }
 
@@ -428,7 +465,9 @@ def test_a_repeated_launch_tells_the_gpu_the_same_as_tritons_own(repeating):
     assert (count, kept) == ("0", "12")
     said = by_triton.split("launch ")[1:]
     assert len(said) == 15 and len(set(said)) == 15
-    assert "0070000000000000 0220000000000000 00060000 00000000feffffff 63000000 0000003f" in said[1]
+    assert (
+        "0070000000000000 0220000000000000 00060000 00000000feffffff 63000000 0000003f" in said[1]
+    )
     assert said[2].startswith("5x4x3 of 256 threads on stream 1003, first pointer 1000 ")
 
 
@@ -438,7 +477,16 @@ def test_a_launch_is_repeated_on_the_device_and_the_stream_that_are_current(repe
     program += "Library.now = 3\nprint(times(usual))"
     words = " ".join(repeating(program))
     streams = re.findall(r"stream (\d+)|(load)", words)
-    assert [a or b for a, b in streams] == ["load", "1003", "1003", "load", "1002", "1002", "77", "77"]
+    assert [a or b for a, b in streams] == [
+        "load",
+        "1003",
+        "1003",
+        "load",
+        "1002",
+        "1002",
+        "77",
+        "77",
+    ]
     assert re.findall(r"1000 (\d)", words) == ["1", "1", "0", "0"]
 
 
@@ -454,9 +502,6 @@ def count(name, *calls):
     calls *= 4 // len(calls)
     print("|", name, times(*calls), len(seen), flush=True)
     del seen[:]
-
-def tiles(n=9, **options):
-    driver.launch(repeated.tiles, (3,), tile(0x100, 16, 16), tile(0x200, 16, 16), n, **options)
 
 def positional(N):
     driver.launch(repeated.tiles, (3,), tile(0x100, 16, 16), tile(0x200, 16, 16), 9, N)
@@ -494,15 +539,14 @@ runtime.debug = False
 x = Array(Abstract((4,), "bfloat16"), type("Other", (Home,), dict(module="other"))())
 two = lambda: numbers(at(0), x, 1, 1, 1, 1.0, True, None, None)
 count("arrays of two libraries", lambda: refused(two))
-repeated.FACTOR = triton.language.constexpr(3)
-count("a global constant that changed", lambda: refused(usual))
-repeated.FACTOR = 2
 driver._MOST_FROZEN = 3
 driver._frozen.clear()
-repeated.numbers.used_global_vals.clear()
 for n in (2, 16, 1, 2**40, 2**41 + 1):
     usual(n=n)
 print("| kept", len(driver._frozen), len(seen))
+usual()
+repeated.FACTOR = triton.language.constexpr(3)
+count("a global constant that changed", lambda: refused(usual))
 """
 
 
@@ -522,8 +566,8 @@ def test_an_unusual_launch_is_left_to_triton(repeating):
         "a hook of the kernel": (4, 4),
         "debugging": (4, 0),
         "arrays of two libraries": (0, 4),
-        "a global constant that changed": (4, 4),
         "kept": (2, 0),
+        "a global constant that changed": (4, 4),
     }
 
 

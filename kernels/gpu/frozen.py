@@ -29,7 +29,7 @@ VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 _KNOWN = (3, 6) <= VERSION <= (3, 9)  # whose launchers _launcher can call
 
 
-class Unusual(Exception):
+class Unusual(Exception):  # noqa: N818  no error
     """This launch is for Triton itself."""
 
 
@@ -123,10 +123,7 @@ class Frozen:
 
     def holds(self):
         """Whether the kernel's global constants are what they were; Triton refuses, else."""
-        for scope, name, value in self.globals:
-            if scope.get(name) is not value:
-                return False
-        return True
+        return all([scope.get(name) is value for scope, name, value in self.globals])
 
 
 def freeze(kernel, compiled, arguments, options):
