@@ -75,8 +75,8 @@ def _classify(arguments, found, values, home):
             found.append(_other(x) if x >> 31 else 1 if x == 1 else 2 if x & 15 else 3)
         elif kind in _BY_TYPE:
             found.append(kind)
-        elif kind is tuple:
-            found += tuple, len(x)
+        elif isinstance(x, tuple):  # a named one has a type of its own
+            found += kind, len(x)
             inner = []
             home = _classify(x, found, inner, home)
             x = tuple(inner)
@@ -113,13 +113,13 @@ def _other(x):
 class Frozen:
     """A compiled kernel, and all it is launched with but grid, stream and arguments."""
 
-    def __init__(self, kernel, launch, describes):
-        self.kernel = kernel  # kept: its id is part of the key
-        self.launch = launch  # (grid of three, stream, values)
-        self.describes = describes  # whether descriptors are made, which needs a driver
-        self.globals = [
-            (scope, name, scope[name]) for (name, _), (_, scope) in kernel.used_global_vals.items()
-        ]
+    def __init__(self, kernel, compiled, more):
+        self.kept = kernel, compiled  # the kernel's id is part of the key; `compiled` owns the code
+        self.launch = _launcher(compiled, more)  # (grid of three, stream, values)
+        types = compiled.src.signature.values()
+        self.describes = "tensordesc" in str([*types])  # for which Triton needs a driver
+        used = kernel.used_global_vals.items()
+        self.globals = [(scope, name, scope[name]) for (name, _), (_, scope) in used]
 
     def holds(self):
         """Whether the kernel's global constants are what they were; Triton refuses, else."""
@@ -139,32 +139,28 @@ def freeze(kernel, compiled, arguments, options):
         or any(p.kind is p.VAR_POSITIONAL for p in kernel.signature.parameters.values())
     ):
         return None
-    launcher = compiled.run
-    if launcher.global_scratch_size or launcher.profile_scratch_size:
+    if compiled.run.global_scratch_size or compiled.run.profile_scratch_size:
         return None  # memory to be allocated for each launch
-    more = tuple(options.get(p.name, p.default) for p in rest)
-    return Frozen(kernel, _launcher(compiled, launcher, more), _describes(compiled))
+    return Frozen(kernel, compiled, [options.get(p.name, p.default) for p in rest])
 
 
-def _launcher(compiled, launcher, more):
+def _launcher(compiled, more):
     """launch(grid, stream, values), by what Triton's own launcher calls."""
+    launcher = compiled.run
     launch, function, packed = launcher.launch, compiled.function, compiled.packed_metadata
-    cooperative, dependent = launcher.launch_cooperative_grid, launcher.launch_pdl
+    fixed = function, launcher.launch_cooperative_grid, launcher.launch_pdl
+    no_scratch, no_hooks = (None, None), (None, None, None)  # nor what hooks would be given
     if VERSION == (3, 6):
-        fixed = function, cooperative, dependent, None, None, packed, None, None, None
+        fixed += *no_scratch, packed, *no_hooks
 
         def run(grid, stream, values):
             launch(*grid, stream, *fixed, *values, *more)
 
     else:
-        fixed = function, cooperative, dependent, packed, None, None, None, None, None
-        fixed += launcher.arg_annotations, launcher.kernel_signature
+        annotations, signature = launcher.arg_annotations, launcher.kernel_signature
+        fixed += packed, *no_hooks, *no_scratch, annotations, signature
 
         def run(grid, stream, values):
             launch(*grid, stream, *fixed, (*values, *more))
 
     return run
-
-
-def _describes(compiled):
-    return "tensordesc" in str(tuple(compiled.src.signature.values()))
