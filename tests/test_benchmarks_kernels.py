@@ -355,7 +355,14 @@ def test_the_gate_covers_every_option():
     types = {"bfloat16", "float16", "float32", "float32 tf32", "float32 tf32x3"}
     for d in HEADS:
         at = [name for name in names if name.startswith(f"attention of {d} in ")]
-        for option in ("segments True", "window", "shared 4", "dropout", "causal False"):
+        for option in (
+            "segments True",
+            "window",
+            "shared 4",
+            "dropout",
+            "causal False",
+            "word True",
+        ):
             assert any(option in name for name in at), f"{option} at {d}"
         for dtype, _, precision in (text.partition(" ") for text in types):
             wanted = f"in {dtype},", f"precision {precision or 'ieee'}"

@@ -3,7 +3,7 @@
 import gpu_harness as harness
 import numpy as np
 import pytest
-from gpu_harness import Mutant, close, device, dtypes, host, normal, rounded, truth
+from gpu_harness import Mutant, close, device, dtypes, host, normal, rounded, spaced, truth
 from hypothesis import strategies as st
 from tinygrad_llm.kernels.gpu import attention, decode, tuning
 
@@ -62,13 +62,10 @@ def agrees(gpu, draw, B, H, H_k, T, n, *, d=20, e=20, scale=None, **attributes):
     shapes = ((B, H, T, d), (B, H_k, n, d), (B, H_k, n, e))
     arrays = [rounded(normal(draw, *s, scale=size), dtype) for s in shapes]
     arrays = [device(heads_side_by_side(draw, x)) for x in arrays]
-    p, segments = attributes.get("dropout", 0.0), attributes.get("segments")
-    D = (
-        host(attention.attention.keep(*arrays[:2], dropout=p, seed=attributes["seed"]))
-        if p
-        else 1.0
-    )
-    D = D / (1 - p)
+    p, segments, D = attributes.get("dropout", 0.0), attributes.get("segments"), 1.0
+    if p:
+        keep = attention.attention.keep(*arrays[:2], dropout=p, seed=attributes["seed"])
+        D = host(keep) / (1 - p)
     M = mask(T, n, attributes.get("window"), segments, H)
     if segments is not None:
         attributes["segments"] = device(segments)
@@ -130,6 +127,58 @@ def dropped(gpu, draw):
     agrees(gpu, draw, B, H, H_k, T, n, causal=draw(st.booleans()), dropout=p, seed=seed)
 
 
+def seeds(gpu, draw):
+    """A word on the device and an offset draw what their sum does, modulo 2⁶³."""
+    word, offset = draw(st.integers(-(2**63), 2**63 - 1)), draw(st.integers(0, 2**63 - 1))
+    q, g = (device(normal(draw, 1, 1, 5, 16).astype(np.float32)) for _ in "qg")
+    there = {"seed": device(np.full(1, word, np.int64)), "seed_offset": offset}
+    found = []
+    for chosen in (there, {"seed": (word + offset) % 2**63}):
+        y, saved = gpu.attention.forward(q, q, q, dropout=0.5, **chosen)
+        bars = gpu.attention.vjp(
+            g, y, q, q, q, saved=saved, needs=(True,) * 3, dropout=0.5, **chosen
+        )
+        keep = gpu.attention.keep(q, q, dropout=0.5, **chosen)
+        found.append([host(x).copy() for x in (y, *bars, keep)])
+    for a, b in zip(*found):
+        assert np.array_equal(a, b)
+
+
+def self_attended(gpu, draw):
+    """The same bits as attention's of views."""
+    dtype, (H, H_k) = draw(dtypes), draw(st.sampled_from([(2, None), (4, 2), (3, 1)]))
+    H_k, kv_heads, (batch, T, d) = (
+        H_k or H,
+        H_k,
+        draw(st.sampled_from([((2,), 18, 16), ((), 5, 20)])),
+    )
+    m = (H + 2 * H_k) * d
+    qkv = spaced(draw, rounded(normal(draw, *batch, T, m), dtype))
+    g = device(spaced(draw, rounded(normal(draw, *batch, T, H * d), dtype)))
+    views = [
+        device(np.moveaxis(part.reshape(*batch, T, -1, d), -2, -3))
+        for part in np.split(qkv, [H * d, (H + H_k) * d], axis=-1)
+    ]
+    options = draw(st.sampled_from([
+        {}, {"causal": False, "scale": 0.3}, {"window": 3, "precision": "tf32"},
+        {"dropout": 0.5, "seed": 3, "seed_offset": 4},
+        {"segments": device(np.arange(T) // 4 + np.zeros((*batch, 1), int))},
+    ]))  # fmt: skip
+    heads = {"heads": H, "kv_heads": kv_heads, **options}
+    there = device(qkv)
+    y, saved = gpu.self_attention.forward(there, **heads)
+    assert host(y).shape == (*batch, T, H * d) and host(y).dtype == qkv.dtype
+    assert y.flags.c_contiguous and y.base is None, "y is a copy, or a view"
+    (bar,) = gpu.self_attention.vjp(g, y, there, saved=saved, needs=(True,), **heads)
+    options = {"causal": True, **options}
+    z, saved = attention.attention.forward(*views, **options)
+    joined = lambda x: np.moveaxis(host(x), -3, -2).reshape(*batch, T, -1)  # noqa: E731
+    assert np.array_equal(host(y), joined(z))
+    g = device(np.moveaxis(host(g).reshape(*batch, T, H, d), -2, -3))
+    bars = attention.attention.vjp(g, z, *views, saved=saved, needs=(True,) * 3, **options)
+    assert np.array_equal(host(bar), np.concatenate([joined(x) for x in bars], -1))
+
+
 def decoded(gpu, draw):
     """decode against attention's op: each sequence by itself, with the filled part of the cache."""
     dtype = draw(dtypes)
@@ -156,7 +205,45 @@ def decoded(gpu, draw):
         close(host(y)[b : b + 1], pair)
 
 
-CHECKS = {plain: 10, shared_heads: 2, windowed: 4, packed: 4, dropped: 3}
+def appended(gpu, draw):
+    """append beside a loop, caches and new tokens lying anyhow; then decode with what is there."""
+    dtype, B, H, d, e = draw(dtypes), 3, draw(st.sampled_from([1, 2])), 20, 16
+    T, n = draw(st.sampled_from([1, 3, 40])), draw(st.sampled_from([5, 45]))
+    around = T + 2  # positions before and after the caches, which nobody may write to
+    k, v, *wholes = (
+        heads_side_by_side(draw, rounded(normal(draw, B, H, length, width), dtype))
+        for length in (T, n + 2 * around)
+        for width in (d, e)
+    )
+    lengths = np.array([draw(st.integers(-T - 1, n + 1)), 0, n - 1], draw(st.sampled_from("il")))
+    expected = [x.copy() for x in wholes]
+    for b, t in np.ndindex(B, T):
+        if 0 <= (at := lengths[b] + t) < n:
+            for x, new in zip(expected, (k, v)):
+                x[b, :, around + at] = new[b, :, t]
+    k, v, lengths, *wholes = map(device, (k, v, lengths, *wholes))
+    keys, values = (x[:, :, around:-around] for x in wholes)
+    found, saved = gpu.append.forward(k, v, keys, values, lengths)
+    assert found[0] is keys and found[1] is values and saved == ()
+    for x, right in zip(wholes, expected):
+        assert np.array_equal(host(x), right)
+    if T == 1:
+        q = device(rounded(normal(draw, B, 2 * H, 1, d), dtype))
+        right = (device(x[:, :, around:-around].copy()) for x in expected)
+        y, _ = gpu.decode.forward(q, keys, values, lengths + 1)
+        z, _ = decode.decode.forward(q, *right, lengths + 1)
+        assert np.array_equal(host(y), host(z), equal_nan=True)
+
+
+CHECKS = {
+    plain: 10,
+    shared_heads: 2,
+    windowed: 4,
+    packed: 4,
+    dropped: 3,
+    seeds: 3,
+    self_attended: 5,
+}
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -166,6 +253,10 @@ def test_agrees_with_the_maths(check):
 
 def test_decode_agrees_with_the_maths():
     harness.run(decoded, decode, examples=12)
+
+
+def test_append_agrees_with_a_loop():
+    harness.run(appended, decode, examples=15)
 
 
 def test_lengths_that_no_cache_has_give_nan():
@@ -217,6 +308,26 @@ MUTANTS = {
         Mutant("segments ignored", "seen &= ids_i == ids_j", "pass"),
         Mutant("only the first segment of a block", "(found <= largest)", "(found <= smallest)"),
     ],
+    self_attended: [
+        Mutant(
+            "values are keys", "_heads(qkv, H_k, D, (H + H_k) * D)", "_heads(qkv, H_k, D, H * D)"
+        ),
+        Mutant(
+            "keys begin a head late", "_heads(qkv, H_k, D, H * D)", "_heads(qkv, H_k, D, H * D + D)"
+        ),
+        Mutant("rows lie as if contiguous", "(*steps, D, step, 1)", "(*steps, D, x.shape[-1], 1)"),
+        Mutant(
+            "not causal by default",
+            "kv_heads=None, causal=True, **",
+            "kv_heads=None, causal=False, **",
+        ),
+    ],
+    seeds: [
+        Mutant(
+            "what is kept without the word", "head, seed_of(word, seed), thr", "head, seed, thr"
+        ),
+        Mutant("no word is handed on", "self.word if self.dropout", "None if self.dropout"),
+    ],
     dropped: [
         Mutant(
             "another seed in q̄",
@@ -233,6 +344,22 @@ MUTANTS = {
         ),
     ],
 }
+APPEND_MUTANTS = [
+    Mutant("a position late", ".to(tl.int64) + i", ".to(tl.int64) + i + 1"),
+    Mutant("before the cache", " & (j + r >= 0)", ""),
+    Mutant("beyond the cache", " & (j + r < n)", ""),
+    Mutant("more than is new", "(i + r < T) & (j", "(i + r < T + 1) & (j"),
+    Mutant(
+        "the cache lies as k does",
+        "tl.store(y + (j + r) * at_y + c",
+        "tl.store(y + (j + r) * at_x + c",
+    ),
+    Mutant(
+        "values take k's head",
+        "v, values = _head(v, at_v, b, h)",
+        "v, values = _head(v, at_v, b, 0)",
+    ),
+]
 DECODE_MUTANTS = [
     Mutant("a key too many", "upper = t + length - T + 1", "upper = t + length - T + 2"),
     Mutant("heads of a group overlap", "h_k * R + rows // T", "h_k + rows // T"),
@@ -259,6 +386,11 @@ def test_mutants_are_killed(mutant, tmp_path):
 @pytest.mark.parametrize("mutant", DECODE_MUTANTS, ids=str)
 def test_mutants_of_decode_are_killed(mutant, tmp_path):
     assert harness.killed(decode, mutant, [decoded], tmp_path)
+
+
+@pytest.mark.parametrize("mutant", APPEND_MUTANTS, ids=str)
+def test_mutants_of_append_are_killed(mutant, tmp_path):
+    assert harness.killed(decode, mutant, [appended], tmp_path)
 
 
 # --- the rest -------------------------------------------------------------------------------------
@@ -354,6 +486,24 @@ def decode_forward(q=(1, 2, 1, 16), k=(1, 2, 5, 16), lengths=(5,), dtype=np.int3
     return decode.decode.forward(q, k, k, lengths, **attributes)
 
 
+def self_attend(qkv=(2, 5, 96), heads=2, **options):
+    qkv = zeros(*qkv) if isinstance(qkv, tuple) else qkv
+    return attention.self_attention.forward(qkv, heads=heads, **options)
+
+
+def self_backward(g=(5, 32), y=(5, 32), L=(2, 5)):
+    options = {"heads": 2, "saved": (zeros(*L),), "needs": (True,)}
+    return attention.self_attention.vjp(zeros(*g), zeros(*y), zeros(5, 96), **options)
+
+
+def append(
+    k=(2, 1, 3, 16), v=(2, 1, 3, 8), keys=(2, 1, 9, 16), values=(2, 1, 9, 8), lengths=(0, 0)
+):
+    keys, values = (zeros(*x) if isinstance(x, tuple) else x for x in (keys, values))
+    lengths = device(np.array(lengths))
+    return decode.append.forward(zeros(*k), zeros(*v), keys, values, lengths)
+
+
 def backward(g=(1, 2, 5, 16), L=(1, 2, 5), out=(None, None, None), dtype="float32"):
     x, saved = zeros(1, 2, 5, 16), (zeros(*L),)
     g = zeros(*g, dtype=dtype)
@@ -382,6 +532,39 @@ BAD = [
     (lambda: forward(dropout=1.0), ValueError, "dropout is 1.0"),
     (lambda: forward(dropout=-0.1), ValueError, "dropout is -0.1"),
     (lambda: forward(dropout=0.1, seed=-1), ValueError, "seed is -1"),
+    (lambda: forward(dropout=0.1, seed=ids), TypeError, "seed has dtype float64; expected int64"),
+    (lambda: forward(seed=ids.astype(int)), ValueError, "seed has shape (1, 5); expected one"),
+    (lambda: forward(seed_offset=-1), ValueError, "seed_offset is -1"),
+    (lambda: forward(seed_offset=device(np.zeros(1, int))), TypeError, "seed_offset is"),
+    (lambda: self_attend(heads=0), ValueError, "heads is 0"),
+    (lambda: self_attend(heads=2, kv_heads=3), ValueError, "2 heads of queries cannot share 3"),
+    (lambda: self_attend(heads=5), ValueError, "qkv has shape (2, 5, 96); expected (B, T, n D) or"),
+    (lambda: self_attend(qkv=(96,)), ValueError, "qkv has shape (96,)"),
+    (lambda: self_attend(qkv=(2, 0, 96)), ValueError, "at least one element"),
+    (lambda: self_attend(qkv=zeros(5, 192)[:, ::2]), ValueError, "the last axis of qkv"),
+    (lambda: self_attend(qkv=np.zeros((5, 96))), TypeError, "qkv has dtype float64"),
+    (lambda: self_attend(qkv=(5, 3 * 257), heads=1), ValueError, "expected 256 at most"),
+    (lambda: self_attend(causal=1), TypeError, "causal is 1"),
+    (lambda: self_attend(segments=np.zeros((2, 4), int)), ValueError, "segments has shape (2, 4)"),
+    (lambda: self_backward(g=(5, 31)), ValueError, "g has shape (5, 31); expected (5, 32)"),
+    (lambda: self_backward(y=(1, 5, 32)), ValueError, "y has shape (1, 5, 32)"),
+    (lambda: self_backward(L=(5, 2)), ValueError, "saved L has shape (5, 2)"),
+    (lambda: append(k=(2, 3, 16)), ValueError, "k has shape (2, 3, 16); expected 4 axes"),
+    (lambda: append(v=(2, 1, 4, 8)), ValueError, "v has shape (2, 1, 4, 8); expected (2, 1, 3, 8)"),
+    (lambda: append(keys=(2, 1, 9, 8)), ValueError, "keys has shape (2, 1, 9, 8); expected"),
+    (lambda: append(values=(2, 1, 8, 8)), ValueError, "values has shape (2, 1, 8, 8); expected"),
+    (lambda: append(lengths=(0,)), ValueError, "lengths has shape (1,); expected (2,)"),
+    (lambda: append(lengths=(0.0, 0.0)), TypeError, "lengths has dtype float64"),
+    (
+        lambda: append(values=zeros(2, 1, 9, 8, dtype="float16")),
+        TypeError,
+        "values has dtype float1",
+    ),
+    (
+        lambda: append(keys=(kv := zeros(2, 1, 9, 16)), values=kv[..., :8]),
+        ValueError,
+        "values shares memory with keys",
+    ),
     (lambda: forward(scale=0.0), ValueError, "scale is 0.0"),
     (lambda: forward(window=3), ValueError, "window is 3 and causal is False"),
     (lambda: forward(window=0, causal=True), ValueError, "window is 0"),

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from gpu_harness import Mutant, agrees, device, dtypes, host, normal, rounded, spaced
 from hypothesis import strategies as st
-from tinygrad_llm.kernels.gpu import elementwise, tuning
+from tinygrad_llm.kernels.gpu import arguments, elementwise, tuning
 
 from tinygrad_llm import functional as F  # noqa: N812
 
@@ -106,11 +106,16 @@ def kept(n, p, seed):
 def seeded_dropout(gpu, draw):
     dtype, shape = draw(dtypes), draw(shapes)
     p, seed = draw(st.sampled_from([0.1, 0.5, 0.75])), draw(st.integers(0, 2**63 - 1))
-    keep = kept(np.prod(shape), p, seed).reshape(shape) / (1 - p)
+    options = {"seed": seed, "seed_offset": draw(st.sampled_from([0, 5, 2**62 + 3]))}
+    if draw(st.booleans()):  # a word on the device, of any sign
+        seed = draw(st.integers(-(2**63), 2**63 - 1))
+        options["seed"] = device(np.full(draw(st.sampled_from([(), 1])), seed, np.int64))
+    drawn = (seed + options["seed_offset"]) % 2**63
+    keep = kept(np.prod(shape), p, drawn).reshape(shape) / (1 - p)
     x, g = rounded(normal(draw, *shape), dtype), normal(draw, *shape)
     reference = lambda x: F.where(keep > 0, x * (1 / (1 - p)), 0.0)  # noqa: E731
     with small(draw):
-        agrees(gpu.seeded_dropout, reference, [x], dtype, g=g, p=p, seed=seed)
+        agrees(gpu.seeded_dropout, reference, [x], dtype, g=g, p=p, **options)
 
 
 def test_dropout_keeps_about_as_many_as_it_says_and_all_of_them_with_p_0():
@@ -172,12 +177,19 @@ MUTANTS = {
     ],
     seeded_dropout: [
         Mutant(
-            "another seed in backward", '_dropped(g, "g", p, seed)', '_dropped(g, "g", p, seed ^ 1)'
+            "another seed in backward",
+            '_dropped(g, "g", p, seed, seed_offset)',
+            '_dropped(g, "g", p, seed, seed_offset ^ 1)',
         ),
         Mutant("no scale", "x_j * scale", "x_j"),
         Mutant("p is what is kept", "u >= p", "u < p"),
         Mutant("words in another order", "(tl.interleave(u_0, u_2)", "(tl.interleave(u_0, u_1)"),
         Mutant("blocks overlap", "block * (BLOCK // 4)", "block * (BLOCK // 8)"),
+        Mutant(
+            "a word on the device without the offset", "(tl.load(word) + seed)", "tl.load(word)"
+        ),
+        Mutant("a word on the device not modulo 2⁶³", " & 0x7FFFFFFFFFFFFFFF", ""),
+        Mutant("a seed without the offset", "+ offset) % 2**63", ") % 2**63", arguments),
         Mutant("half of the seed", "tl.rand4x(seed,", "tl.rand4x(seed & 65535,"),
     ],
 }
@@ -226,6 +238,22 @@ WRONG = [
     (lambda x: elementwise.seeded_dropout.forward(x, p=-0.1, seed=0), ValueError, "p is -0.1"),
     (lambda x: elementwise.seeded_dropout.forward(x, p=0.1, seed=-1), ValueError, "seed is -1"),
     (lambda x: elementwise.seeded_dropout.forward(x, p=0.1, seed=0.5), TypeError, "seed is 0.5"),
+    (lambda x: elementwise.seeded_dropout.forward(x, p=0.1, seed=None), TypeError, "seed is None"),
+    (
+        lambda x: elementwise.seeded_dropout.forward(x, p=0.1, seed=x),
+        TypeError,
+        "seed has dtype float32; expected int64",
+    ),
+    (
+        lambda x: elementwise.seeded_dropout.forward(x, p=0.1, seed=x.astype(np.int64)),
+        ValueError,
+        "seed has shape (3, 8); expected one element",
+    ),
+    (
+        lambda x: elementwise.seeded_dropout.forward(x, p=0.1, seed=0, seed_offset=-1),
+        ValueError,
+        "seed_offset is -1",
+    ),
     (
         lambda x: elementwise.seeded_dropout.forward(x[:, :4], p=0.1, seed=0),
         ValueError,

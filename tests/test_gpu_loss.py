@@ -115,7 +115,8 @@ MUTANTS = [
 ]
 MUTANTS_OF_CHUNKS = [
     Mutant("the last chunk's gradient of w", "accumulate=start > 0", "accumulate=False"),
-    Mutant("not divided by N", "x_i * (tl.load(g) / tl.load(N))", "x_i * tl.load(g)"),
+    Mutant("not divided by N", "(tl.load(N) * UNIT)", "UNIT"),
+    Mutant("float16's factor stays in", "(tl.load(N) * UNIT)", "tl.load(N)"),
     Mutant("the first chunk's targets", "X, t[part],", "X, t,"),
 ]
 
@@ -197,6 +198,25 @@ def test_gradients_that_are_not_needed():
     y, saved = loss.linear_cross_entropy.forward(x, x, t)
     found = loss.linear_cross_entropy.vjp(1.0, y, x, x, t, saved=saved, needs=(False, True, False))
     assert [f is None for f in found] == [True, False, True]
+
+
+def test_float16_keeps_small_gradients_for_a_large_g():
+    """Rows that are nearly sure, columns that are never likely, and a loss scale as g."""
+    h, w = np.zeros((4, 16)), 0.1 * np.random.default_rng(0).standard_normal((60, 16))
+    h[:, :4], w[:4] = 4 * np.eye(4), 4 * np.eye(4, 16)  # targets' logits 16: the others' P 1e-7
+    h, w = rounded(h, "float16"), rounded(w, "float16")
+    t, g = np.arange(4), np.full((), 2.0**24, np.float32)
+    y, saved = loss.linear_cross_entropy.forward(device(h), device(w), device(t))
+    found = loss.linear_cross_entropy.vjp(
+        device(g), y, device(h), device(w), device(t), saved=saved, needs=(True, True, False)
+    )
+    h, w = h.astype(np.float64), w.astype(np.float64)
+    e = np.exp(h @ w.T)
+    X_bar = (e / e.sum(1, keepdims=True) - np.eye(4, 60)) * g / 4
+    h_bar, w_bar = (host(x).astype(np.float64) for x in found[:2])
+    for actual, value in ((h_bar[:, 4:], X_bar @ w[:, 4:]), (w_bar[4:], X_bar.T[4:] @ h)):
+        error = np.abs(actual - value)  # of what the others' P make
+        assert (error < 0.02 * np.abs(value).max(1, keepdims=True)).all()
 
 
 def test_chunks_are_of_equal_size_and_not_too_short():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from gpu_harness import EPS, Mutant, close, device, dtypes, host, normal, rounded
 from hypothesis import strategies as st
-from tinygrad_llm.kernels.gpu import optim, tuning
+from tinygrad_llm.kernels.gpu import arrays, optim, tuning
 
 from tinygrad_llm import Tensor
 from tinygrad_llm import optim as reference
@@ -73,11 +73,96 @@ def adamw(gpu, draw):
 
 
 def numbers(draw, lr, step):
-    """As numbers, or on the device."""
+    """As numbers, or on the device, or of the step none, as the optimizer counts, too."""
+    if draw(st.booleans()):
+        return (device(np.full((), lr, np.float32)),)
     if draw(st.booleans()):
         return lr, step
     kind = draw(st.sampled_from([np.int32, np.int64, np.float32]))
     return device(np.full((), lr, np.float32)), device(np.full(1, step, kind))
+
+
+class Plain:
+    """AdamW and GradScaler in NumPy, in float64: arrays p, m, v, and `steps`, `good`, `skipped`."""
+
+    def __init__(self, parameters, scale, growth, backoff, interval):
+        self.p, self.rule = [wide(p) for p in parameters], (growth, backoff, interval)
+        self.m, self.v = ([np.zeros(p.shape) for p in self.p] for _ in "mv")
+        self.scale, self.steps, self.good, self.skipped = np.float32(scale), 0, 0, 0
+
+    def step(self, gradients, lr, max_norm, decay, beta1=0.9, beta2=0.999, eps=1e-8):
+        growth, backoff, interval = self.rule
+        gradients = [g / self.scale for g in gradients]
+        norm = np.sqrt(sum(np.sum(g * g) for g in gradients))
+        if not np.isfinite(norm):
+            self.scale, self.good = self.scale * np.float32(backoff), 0
+            self.skipped += 1
+            return norm
+        clip = 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
+        self.steps += 1
+        for p, m, v, g in zip(self.p, self.m, self.v, gradients):
+            m[...] = beta1 * m + (1 - beta1) * clip * g
+            v[...] = beta2 * v + (1 - beta2) * (clip * g) ** 2
+            m_hat, v_hat = m / (1 - beta1**self.steps), v / (1 - beta2**self.steps)
+            p[...] = p * (1 - lr * decay) - lr * m_hat / (np.sqrt(v_hat) + eps)
+        self.good += 1
+        if self.good == interval:
+            self.scale, self.good = self.scale * np.float32(growth), 0
+        return norm
+
+
+def scaled(gpu, draw):
+    """Many steps with a loss scale, or guarded without one, some of them with NaN or infinity."""
+    kinds = [draw(dtypes) for _ in range(draw(st.integers(1, 2)))]
+    parameters = [some(draw, draw(shapes), kind) for kind in kinds]
+    guarded = draw(st.booleans())  # without a scale, which is then 1
+    rule = (1.0, 0.5, 99) if guarded else (draw(st.sampled_from([2.0, 3.0])), 0.25, 2)
+    growth, backoff, interval = (1.0, 1.0, 99) if guarded else rule
+    max_norm = draw(st.sampled_from([None, 0.5, 1e6]))
+    slow = Plain(parameters, 1.0 if guarded else 64.0, growth, backoff, interval)
+    with small_pieces():
+        fast, scale = gpu.AdamW(parameters, weight_decay=0.1), None
+        if not guarded:
+            options = {"growth": growth, "backoff": backoff, "interval": interval}
+            scale = gpu.LossScale(parameters[0], init=64.0, **options)
+        for _ in range(6):
+            lr, bad = (
+                draw(st.sampled_from([0.1, 0.01])),
+                draw(st.sampled_from([None] * 4 + BAD_ONES)),
+            )
+            g = [some(draw, p.shape, k, float(slow.scale)) for p, k in zip(parameters, kinds)]
+            if bad is not None:
+                g[draw(st.integers(0, len(g) - 1))].reshape(-1)[-1] = bad
+            before = bits(fast)
+            lr_there = device(np.full(1, lr, np.float32))
+            norm = fast.step(g, lr_there, max_norm=max_norm, loss_scale=scale, guarded=guarded)
+            with np.errstate(all="ignore"):
+                expected = slow.step([wide(g_i) for g_i in g], lr, max_norm, decay=0.1)
+            np.testing.assert_allclose(host(norm), expected, rtol=1e-6)
+            if bad is not None:
+                assert bits(fast) == before, "a step without an update changes something"
+            assert host(fast.steps) == slow.steps
+            if scale is not None:
+                found = [host(x)[()] for x in (scale.scale, scale.good, scale.skipped)]
+                assert found == [slow.scale, slow.good, slow.skipped]
+    for i, p in enumerate(parameters):
+        for actual, value in (
+            (fast.masters[i], slow.p[i]),
+            (fast.exp_avg[i], slow.m[i]),
+            (fast.exp_avg_sq[i], slow.v[i]),
+        ):
+            np.testing.assert_allclose(host(actual), value, rtol=1e-5, atol=1e-6)
+        assert np.array_equal(wide(p), wide(rounded(host(fast.masters[i]), kinds[i])))
+
+
+BAD_ONES = [np.nan, np.inf, -np.inf]
+
+
+def bits(optimizer):
+    """All that a step changes."""
+    lists = optimizer.masters, optimizer.exp_avg, optimizer.exp_avg_sq, [optimizer.steps]
+    parameters = [p.data for p in optimizer._parameters]
+    return [host(x).tobytes() for some in (*lists, parameters) for x in some]
 
 
 def global_norm(gpu, draw):
@@ -119,6 +204,22 @@ MUTANTS = [
         "if self.gradients is None:",
     ),
 ]
+MUTANTS_OF_SCALES = [
+    Mutant("the norm is that of the scaled gradients", "length *= factor", "length *= 1.0"),
+    Mutant("the norm is handed out as it was", "            tl.store(norm, length)\n", ""),
+    Mutant("the loss scale stays in", "factor *= tl.where", "factor = tl.where"),
+    Mutant("NaN moves", "tl.where(length < float", "tl.where(length != float"),
+    Mutant("what is not finite moves", " & (tl.load(scalars + 4) != 0.0)", ""),
+    Mutant("steps without an update count", "mask=moves != 0.0", "mask=moves >= 0.0"),
+    Mutant("steps start at 0", "tl.load(steps) + 1 if", "tl.load(steps) if"),
+    Mutant("the scale grows a step late", "due = count >= interval", "due = count > interval"),
+    Mutant(
+        "the scale grows after a skip", "tl.where(moved, tl.where(due", "tl.where(due, tl.where(due"
+    ),
+    Mutant("growth does not start the count anew", "moved & (count < interval)", "moved"),
+    Mutant("skips do not start the count anew", "moved & (count < interval)", "count < interval"),
+    Mutant("skips are not counted", "tl.where(moved, 0, 1)", "tl.where(moved, 0, 0)"),
+]
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -126,9 +227,18 @@ def test_agrees_with_the_reference(check):
     harness.run(check, optim, examples=20)
 
 
+def test_many_steps_agree_with_numpy():
+    harness.run(scaled, optim, examples=10)
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_mutants_are_killed(mutant, tmp_path):
     assert harness.killed(optim, mutant, CHECKS, tmp_path)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS_OF_SCALES, ids=str)
+def test_mutants_of_scales_are_killed(mutant, tmp_path):
+    assert harness.killed(optim, mutant, [scaled], tmp_path)
 
 
 # --- at the edges ---------------------------------------------------------------------------------
@@ -171,6 +281,62 @@ def test_gradients_that_stay_where_they_are_need_no_new_table():
     assert fast._groups[0].gradients is first
 
 
+def test_a_step_within_a_graph_uploads_nothing(monkeypatch):
+    """All that is uploaded is uploaded before, or at the first step with gradients there."""
+    uploads, upload = [], arrays.Array.upload
+    monkeypatch.setattr(arrays.Array, "upload", lambda *a: uploads.append(a) or upload(*a))
+    p = [device(rounded(np.ones(40), kind)) for kind in ("float16", "float32")]
+    g, lr = [device(host(x).copy()) for x in p], device(np.full(1, 0.1, np.float32))
+    fast, scale = optim.AdamW(p, weight_decay=[0.1, 0.0]), optim.LossScale(lr)
+    step = lambda g: fast.step(g, lr, max_norm=1.0, loss_scale=scale)  # noqa: E731
+    step(g)
+    uploads.clear()
+    for _ in range(3):
+        step(g)
+    assert not uploads
+    step([device(host(x).copy()) for x in g])
+    assert len(uploads) == 2, "where they lie, for each dtype"
+    assert host(fast.steps) == 5
+
+
+def test_without_anything_new_a_step_is_what_it_was():
+    """Whoever counts, and whether what is not finite is looked for: the same bits."""
+    rng, found = np.random.default_rng(0), []
+    start = rng.standard_normal(40)
+    gradients = [rng.standard_normal(40).astype(np.float32) for _ in range(4)]
+    for counted, guarded in ((True, False), (False, False), (False, True)):
+        fast = optim.AdamW([device(rounded(start, "bfloat16"))])
+        for step, g in enumerate(gradients, 1):
+            fast.step([device(g.copy())], 0.1, step if counted else None, 1.0, guarded=guarded)
+        found.append(bits(fast))
+    assert found[0] == found[1] == found[2]
+
+
+def test_the_loss_scale_follows_pytorchs_rule():
+    torch = pytest.importorskip("torch")
+    theirs = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3)
+    p = torch.zeros(1, requires_grad=True)
+    sgd = torch.optim.SGD([p])
+    ours = optim.LossScale(x := device(np.zeros(1, np.float32)), init=2.0**20, interval=3)
+    fast, rng = optim.AdamW([x]), np.random.default_rng(0)
+    for _ in range(30):
+        scale, bad = theirs.scale(torch.ones(1)).item(), rng.choice([0, 0, 0, np.inf, np.nan])
+        assert host(ours.scale) == scale
+        p.grad = torch.full((1,), scale + bad)
+        theirs.step(sgd)
+        theirs.update()
+        fast.step([device(np.full(1, scale + bad, np.float32))], 0.1, loss_scale=ours)
+        assert host(ours.good) == theirs.state_dict()["_growth_tracker"]
+    assert host(ours.skipped) + host(fast.steps) == 30 and 0 < host(ours.skipped) < 30
+
+
+def test_the_loss_scale_stays_finite():
+    p = device(np.zeros(1, np.float32))
+    scale = optim.LossScale(p, init=2.0**127, interval=1)
+    optim.AdamW([p]).step([device(np.zeros(1, np.float32))], 0.1, loss_scale=scale)
+    assert host(scale.scale) == 2.0**127 and host(scale.good) == 0
+
+
 def test_a_restart_continues():
     rng = np.random.default_rng(0)
     start = rounded(rng.standard_normal(20), "bfloat16")
@@ -202,6 +368,10 @@ def step(parameters, gradients, lr=0.1, step=1, **options):
     made(parameters).step(gradients, lr, step, **options)
 
 
+def scale(**options):
+    return optim.LossScale(device(P), **options)
+
+
 BAD = [
     (lambda: made([]), ValueError, "there are no parameters"),
     (lambda: made([P.astype(np.float64)]), TypeError, "parameters[0] has dtype float64"),
@@ -231,6 +401,15 @@ BAD = [
     (lambda: step([P], [P], step=device(np.ones(2))), TypeError, "step has dtype float64"),
     (lambda: step([P], [P], lr=device(P)), ValueError, "lr has shape (2, 3); expected one element"),
     (lambda: step([P], [P], max_norm=0), ValueError, "max_norm is 0; expected a number above 0"),
+    (lambda: step([P], [P], guarded=1), TypeError, "guarded is 1; expected True or False"),
+    (lambda: step([P], [P], loss_scale=2.0), TypeError, "loss_scale is 2.0; expected a LossScale"),
+    (lambda: scale(init=0), ValueError, "init is 0; expected a number from 2"),
+    (lambda: scale(init=np.nan), ValueError, "init is nan; expected a number from 2"),
+    (lambda: scale(growth=1), ValueError, "growth is 1; expected a number above 1"),
+    (lambda: scale(backoff=1), ValueError, "backoff is 1; expected a number between 0 and 1"),
+    (lambda: scale(interval=0), ValueError, "interval is 0; expected an integer from 1"),
+    (lambda: scale(interval=2.0), TypeError, "interval is 2.0; expected an integer from 1"),
+    (lambda: optim.LossScale(7), TypeError, "like is a int; expected an array"),
     (lambda: optim.global_norm([None]), ValueError, "gradients has no arrays"),
     (lambda: optim.global_norm([device(P.T)]), ValueError, "gradients[0] has strides (1, 3)"),
 ]

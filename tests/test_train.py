@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from tinygrad_llm import random, train
+from tinygrad_llm import random, step
 from tinygrad_llm.checkpoint import load_training_state, save_training_state
 from tinygrad_llm.functional import cross_entropy
 from tinygrad_llm.gpt import GPT, GPTConfig
@@ -122,7 +122,7 @@ def test_the_length_of_the_gradient_is_taken_with_the_threads_of_the_settings(mo
         seen.extend(blas["num_threads"] for blas in threadpool_info() if blas["user_api"] == "blas")
         return clip_grad_norm_(*arguments)
 
-    monkeypatch.setattr(train, "clip_grad_norm_", watched)
+    monkeypatch.setattr(step, "clip_grad_norm_", watched)
     with threadpool_limits(1, "blas"):
         make_trainer(replace(SETTINGS, threads=2)).training_step()
     assert set(seen) == {2}
@@ -267,8 +267,8 @@ def test_patience_keeps_the_best_weights_and_so_does_a_state():
     best, lowest = trainer.best
     assert 0 < best == trainer.step - 4
     assert loss_of(trainer.best_model()) == lowest < loss_of(trainer.model)
-    for step in (best - 1, best, best + 2):  # from before, at, and after the best
-        resumed = Trainer.resume(states[step], TOKENS[:500], TOKENS[500:])
+    for step_ in (best - 1, best, best + 2):  # from before, at, and after the best
+        resumed = Trainer.resume(states[step_], TOKENS[:500], TOKENS[500:])
         assert loss_of(resumed.best_model()) == resumed.best[1]
         list(resumed.run())
         assert resumed.best == trainer.best and loss_of(resumed.best_model()) == lowest

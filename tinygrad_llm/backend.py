@@ -12,11 +12,14 @@ import operator
 import os
 import pkgutil
 import threading
-import warnings
+from collections import Counter
 from functools import partial
 
 import numpy as np
 
+from . import precision
+from .device import CPU as HOST
+from .device import of
 from .ops import TABLE
 
 # --- namespaces -----------------------------------------------------------------------------------
@@ -119,31 +122,71 @@ class Implementation:
     saves       forward returns (y, saved), and vjp takes `saved`
     is_kernel   it keeps the rules of kernels/cpu/__init__.py: vjp takes `needs`, and so on
     accepts     None, or a function of forward's arguments: whether the kernel can do this case
+    fallback    what runs the op where forward refuses its arguments, or None: see GPU kernels
     """
 
-    __slots__ = ("accepts", "forward", "is_kernel", "op", "saves", "vjp")
+    __slots__ = ("accepts", "fallback", "forward", "is_kernel", "op", "saves", "vjp")
 
-    def __init__(self, op, forward, vjp, saves, is_kernel=False, accepts=None):
+    def __init__(self, op, forward, vjp, saves, is_kernel=False, accepts=None, fallback=None):
         self.op, self.forward, self.vjp = op, forward, vjp
-        self.saves, self.is_kernel, self.accepts = saves, is_kernel, accepts
+        self.saves, self.is_kernel = saves, is_kernel
+        self.accepts, self.fallback = accepts, fallback
 
 
 class Reading(dict):
-    """op -> Implementation, filled in as ops are met."""
+    """op -> Implementation, filled in as ops are met.
 
-    def __init__(self, space, kernels=None):
-        self.space = space
+    space       the `xp` of the ops' own lines
+    kernels     name -> kernel that takes the place of these lines
+    off         names of the kernels that are switched off, on every device; None: all are
+    narrow      whether it is for arrays of 16 bits: see precision.py
+    fused       name -> kernel that takes the place of several ops: see tensor.fused
+    """
+
+    def __init__(self, space, kernels=None, off=None, narrow=False):
+        self.space, self.narrow = space, narrow
         self.kernels = kernels or {}
+        self.off = frozenset() if off is None and kernels else off
+        self.fused, self._elsewhere = {}, {}
 
     def __missing__(self, op):
         kernel = self.kernels.get(op.name)
-        if kernel is None:
-            vjp = partial(op.vjp, self.space)
-            self[op] = Implementation(op, self._forward(op), vjp, op.saves)
-        else:
-            accepts = getattr(kernel, "accepts", None)
-            self[op] = Implementation(op, kernel.forward, kernel.vjp, True, True, accepts)
+        self[op] = self._maths(op) if kernel is None else self._kernel(op, kernel)
         return self[op]
+
+    def on(self, device, narrow=False):
+        """What this reading is for the arrays of a device, perhaps of 16 bits."""
+        found = self._elsewhere.get((device, narrow))
+        if found is None:
+            found = self._elsewhere[device, narrow] = self._made_for(device, narrow)
+        return found
+
+    def _made_for(self, device, narrow):
+        if device is HOST and not (narrow and self.space is _NUMPY):
+            return self
+        if device is HOST:  # where no kernel takes 16 bits
+            return Reading(_NUMPY, {}, self.off, narrow=True)
+        found = Reading(_space(device), self._allowed(device), self.off, narrow)
+        found.fused = self._allowed(device, "FUSED")
+        return found
+
+    def _allowed(self, device, which="KERNELS"):
+        if self.off is None:
+            return {}
+        kernels = _load_kernels(device.kernels, which)
+        return {name: kernel for name, kernel in kernels.items() if name not in self.off}
+
+    def _kernel(self, op, kernel):
+        accepts, vjp, fallback = getattr(kernel, "accepts", None), kernel.vjp, None
+        if self.space is not _NUMPY:
+            vjp, fallback = with_plain_gradient(vjp), self._maths(op)
+        return Implementation(op, kernel.forward, vjp, True, True, accepts, fallback)
+
+    def _maths(self, op):
+        forward, vjp = self._forward(op), partial(op.vjp, self.space)
+        if self.narrow:
+            forward, vjp = precision.in_float32(forward, vjp, op.saves, op.name)
+        return Implementation(op, forward, vjp, op.saves)
 
     def _forward(self, op):
         if not op.primitive:
@@ -154,55 +197,104 @@ class Reading(dict):
         return function
 
 
-def _load_kernels(name):
-    """name -> kernel, from all modules of a package; nothing if there is no such package."""
+def with_plain_gradient(vjp):
+    """A GPU kernel's vjp that takes any gradient: what is spread out in memory is copied first."""
+
+    def plain_vjp(g, *rest, **keywords):
+        try:
+            return vjp(g, *rest, **keywords)
+        except (TypeError, ValueError):  # before anything was launched
+            if g.flags.c_contiguous:
+                raise
+        return vjp(g.copy(), *rest, **keywords)
+
+    return plain_vjp
+
+
+@functools.cache
+def _load_kernels(package, which="KERNELS"):
+    """name -> kernel, from all modules of a package; nothing if there is no such package.
+
+    which   "KERNELS", which stand for an op, or "FUSED", for several: see tensor.fused
+    """
     try:
-        package = importlib.import_module(name)
+        package = importlib.import_module(package)
     except ModuleNotFoundError:
         return {}
     found = {}
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         if not module.name.rpartition(".")[2].startswith("_"):
             contents = vars(importlib.import_module(module.name))
-            found |= {name: contents[name] for name in contents.get("KERNELS", ())}
+            found |= {name: contents[name] for name in contents.get(which, ())}
     unknown = sorted(set(found) - set(TABLE))
-    if unknown:
+    if unknown and which == "KERNELS":
         raise ImportError(f"kernels for ops that do not exist: {', '.join(unknown)}")
     return found
 
 
-@functools.cache
-def gpu_kernels():
-    """name -> Triton kernel for the ops that have one. Where they cannot run, nothing, and a
-    warning, once, that says why: everything is computed with NumPy then.
+def kernel_module(device, name):
+    """The module of a device's kernels that has those of no op, such as "optim"; None where there
+    is none, or where kernels are switched off.
     """
-    reason = _no_gpu()
-    if reason is None:
-        return _load_kernels("tinygrad_llm.kernels.gpu")
-    warnings.warn(f"no GPU kernels: {reason}; computing with NumPy", stacklevel=2)
-    return {}
-
-
-def _no_gpu():
+    if not device.kernels or current.reading.off is None or name in current.reading.off:
+        return None
     try:
-        driver = importlib.import_module("tinygrad_llm.kernels.gpu.driver")
-    except ModuleNotFoundError as error:
-        return str(error)
-    return driver.unavailable()
+        return importlib.import_module(f"{device.kernels}.{name}")
+    except ModuleNotFoundError:
+        return None
 
 
-_NUMPY = Space(np)
-_NUMPY.matrix_transpose = operator.attrgetter("mT")  # the same, seven times as fast on small arrays
+@functools.cache
+def _space(device):
+    """The namespace of a device with the op table laid over it."""
+    space = Space(device.xp)
+    if device is HOST:  # the same, seven times as fast on small arrays
+        space.matrix_transpose = operator.attrgetter("mT")
+    return space
+
+
+# --- which one is in force ------------------------------------------------------------------------
+
+
+_NUMPY = _space(HOST)
 MATHS = Reading(_NUMPY)
 CPU = Reading(_NUMPY, _load_kernels("tinygrad_llm.kernels.cpu"))
 COMPLEX = Reading(Space(_ComplexNumPy()))
 
 
+def reading(choice):
+    """The reading of that name: "auto", with all kernels; "off", without; "off:softmax,linear",
+    without these, on whatever device. Raises ValueError.
+    """
+    if choice == "auto":
+        return CPU
+    if choice == "off":
+        return MATHS
+    off = frozenset(choice.removeprefix("off:").split(",")) if choice.startswith("off:") else {""}
+    known = {*TABLE, *FUSED, "optim"}
+    if unknown := sorted(off - known):
+        raise ValueError(
+            f"kernels is {choice!r}; expected auto, off, or off: and names of ops, such as "
+            "off:softmax,linear" + (f": there is no {unknown[0]!r}" if unknown[0] else "")
+        )
+    kept = {name: kernel for name, kernel in CPU.kernels.items() if name not in off}
+    return Reading(_NUMPY, kept, off)
+
+
+FUSED = (
+    "mlp",
+    "self_attention",
+    "seeded_dropout",
+    "linear_cross_entropy",
+)  # kernels for several ops: tensor.fused
+
+
 class _Current(threading.local):
-    reading = MATHS if os.environ.get("TINYGRAD_LLM_KERNELS") == "off" else CPU
+    reading = reading(os.environ.get("TINYGRAD_LLM_KERNELS", "auto"))
 
 
 current = _Current()
+refusals = Counter()  # (op, why) -> how often a GPU kernel left a call to the op's own lines
 
 
 @contextlib.contextmanager
@@ -219,14 +311,17 @@ def using(reading):
 
 
 def asarray(data, dtype=None):
-    """`data` as a NumPy array: Python floats become float32 and integers int64, as in PyTorch."""
+    """`data` as an array of the device that it is on, NumPy's for what is on none: Python floats
+    become float32 and integers int64, as in PyTorch.
+    """
+    if of(data) is not HOST:
+        return data if dtype is None else data.astype(dtype, copy=False)
     if dtype is None and not isinstance(data, np.ndarray | np.generic):
         array = np.asarray(data)
         return array.astype(np.float32) if array.dtype == np.float64 else array
     return np.asanyarray(data, dtype=dtype)
 
 
-def check_device(device):
-    """Raises ValueError unless arrays can live on `device`."""
-    if device != "cpu":
-        raise ValueError(f"device {device!r} is not available; this version computes on 'cpu'")
+def beside(x, a):
+    """The array or number `a` where the array x lives."""
+    return of(x).put(a) if isinstance(a, np.ndarray) else a

@@ -8,8 +8,9 @@ API. Arguments may be Tensors, arrays or numbers. For the maths of each function
 import numpy as np
 
 from . import random
+from .device import CPU, of
 from .ops import TABLE
-from .tensor import Tensor, apply
+from .tensor import Tensor, apply, fused, is_grad_enabled, raw
 
 # --- activations ----------------------------------------------------------------------------------
 
@@ -106,7 +107,8 @@ def split(x, size, axis=0):
 
 def gather(x, index, axis=-1):
     """y[..., j] = x[..., index[..., j]] along an axis; the other lengths agree."""
-    x, index = _tensor(x), _integers(index, "gather")
+    x = _tensor(x)
+    index = _integers(index, "gather", x)
     if not -x.ndim <= axis < x.ndim or x.ndim != index.ndim:
         raise ValueError(f"gather: axis {axis} of shapes {x.shape} and {index.shape} does not fit")
     axis = axis % x.ndim
@@ -132,8 +134,11 @@ def linear(x, weight, bias=None):
 
 
 def embedding(ids, weight):
-    """Rows of a table: ids (...) in 0..V-1 (else IndexError), weight (V, C) -> (..., C)."""
-    ids = _integers(ids, "embedding")
+    """Rows of a table: ids (...) in 0..V-1, weight (V, C) -> (..., C).
+
+    Another id is an IndexError; one that lies on a GPU is not looked at, and its row is NaN.
+    """
+    ids = _integers(ids, "embedding", weight)
     _check_range(ids, weight.shape[0], "embedding: id")
     return apply(TABLE["embedding"], weight, ids)
 
@@ -167,8 +172,16 @@ def rope(x, cos, sin, interleaved=False):
 def dropout(x, p=0.5, training=True, generator=None):
     """In training: zeroes each element with probability p, divides the others by 1 - p."""
     x = _tensor(x)
-    keep = _keep_mask(x.shape, p, x.dtype, generator) if training else None
-    return x if keep is None else apply(TABLE["dropout"], x, keep)
+    if not training or p == 0:
+        return x
+
+    def masked(x):
+        return apply(TABLE["dropout"], x, _keep_mask(x.shape, p, x.dtype, generator))
+
+    if p == 1:
+        return masked(x)
+    drawn = random.or_default(generator).kernel_seed
+    return fused("seeded_dropout", masked, x, drawn=drawn, p=p)
 
 
 def scaled_dot_product_attention(
@@ -189,7 +202,7 @@ def scaled_dot_product_attention(
         )
     seen, bias = True, 0.0
     if mask is not None:
-        mask = _tensor(mask)
+        mask = mask if isinstance(mask, Tensor) else np.asarray(mask)
         if mask.dtype.kind not in "bf":
             raise TypeError(
                 "attention: a mask holds booleans (true: the key is seen) or floats (added to the "
@@ -212,16 +225,19 @@ def cross_entropy(logits, targets, ignore_index=-100, reduction="mean"):
 
     logits (..., V), targets (...) integers; the class axis is the last one. reduction: "mean",
     "sum" or "none" (then shape (...), 0 in ignored rows). IndexError: a target that is neither in
-    0..V-1 nor ignore_index.
+    0..V-1 nor ignore_index; among targets that lie on a GPU, it makes the loss NaN.
     """
-    logits, ids = _tensor(logits), _integers(targets, "cross_entropy")
+    logits = _tensor(logits)
+    ids = _integers(targets, "cross_entropy", logits)
     if logits.shape[:-1] != ids.shape:
         raise ValueError(
             f"cross_entropy: logits {logits.shape} need targets of shape {logits.shape[:-1]}, "
             f"not {ids.shape}"
         )
     counted = ids != ignore_index
-    _check_range(ids if counted.all() else ids[counted], logits.shape[-1], "cross_entropy: target")
+    if of(ids) is CPU:  # on a GPU nobody waits for the answer
+        counts = ids if counted.all() else ids[counted]
+        _check_range(counts, logits.shape[-1], "cross_entropy: target")
     if reduction == "mean":
         rows = logits.reshape(-1, logits.shape[-1]) if logits.ndim != 2 else logits
         return apply(TABLE["cross_entropy"], rows, ids.reshape(-1), ignore_index=ignore_index)
@@ -231,9 +247,40 @@ def cross_entropy(logits, targets, ignore_index=-100, reduction="mean"):
     return losses.sum() if reduction == "sum" else losses
 
 
+def linear_cross_entropy(x, weight, targets, ignore_index=-100):
+    """cross_entropy(linear(x, weight), targets), on a GPU with the logits in memory once.
+
+    x (..., C), weight (V, C), targets (...) -> a scalar. IndexError as in cross_entropy.
+    """
+    ids = _integers(targets, "linear_cross_entropy", x)
+    if x.shape[:-1] != ids.shape:
+        raise ValueError(
+            f"linear_cross_entropy: x {x.shape} needs targets of shape {x.shape[:-1]}, "
+            f"not {ids.shape}"
+        )
+
+    def by_ops(x, weight, _):
+        return cross_entropy(linear(x, weight), ids.reshape(x.shape[:-1]), ignore_index)
+
+    where = of(x.data)
+    if where is CPU:
+        return by_ops(x, weight, None)
+    if of(ids) is CPU:
+        _check_range(ids[ids != ignore_index], weight.shape[0], "linear_cross_entropy: target")
+    return fused(
+        "linear_cross_entropy",
+        by_ops,
+        x.reshape(-1, x.shape[-1]),
+        weight,
+        Tensor(where.put(ids.reshape(-1))),
+        ignore_index=ignore_index,
+        gradients=is_grad_enabled() and (x.requires_grad or weight.requires_grad),
+    )
+
+
 def nll_loss(log_probabilities, targets, ignore_index=-100):
     """Mean of -log_probabilities[target]; shapes as in cross_entropy."""
-    ids = _integers(targets, "nll_loss")
+    ids = _integers(targets, "nll_loss", log_probabilities)
     counted = ids != ignore_index
     _check_range(ids[counted], log_probabilities.shape[-1], "nll_loss: target")
     chosen = gather(log_probabilities, np.where(counted, ids, 0)[..., None]).squeeze(-1)
@@ -290,15 +337,22 @@ def _some(tensors, name):
     return tensors
 
 
-def _integers(ids, name):
-    ids = ids.data if isinstance(ids, Tensor) else np.asarray(ids)
+def _integers(ids, name, x):
+    """The array of ids that an op is to have beside the Tensor x."""
+    if isinstance(ids, Tensor) and ids.device != x.device:
+        raise TypeError(
+            f"{name} of tensors on {ids.device} and {x.device}: move them to one device with "
+            ".to(...)"
+        )
+    ids = raw(ids)
     if ids.size and ids.dtype.kind not in "iu":  # an empty list has no dtype of its own
         raise TypeError(f"{name} takes integers, not {ids.dtype}")
     return ids.astype(np.int64, copy=False)
 
 
 def _check_range(ids, n, what):
-    if ids.size and not (ids.min() >= 0 and ids.max() < n):
+    """Raises IndexError for an id that is not in 0..n-1. Those of a GPU are not waited for."""
+    if of(ids) is CPU and ids.size and not (ids.min() >= 0 and ids.max() < n):
         wrong = int(ids.min()) if ids.min() < 0 else int(ids.max())
         raise IndexError(f"{what} {wrong} is out of range; expected 0 to {n - 1}")
 

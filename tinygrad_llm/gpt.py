@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from . import functional as F  # noqa: N812 (PyTorch's name for it)
+from .device import CPU, of
 from .nn import (
     Dropout,
     Embedding,
@@ -24,14 +25,13 @@ from .nn import (
     TransformerBlock,
     no_init,
     recompute,
-    segment_mask,
     segment_positions,
 )
 from .nn.cache import overflow
 from .nn.init import constant_, normal_
 from .nn.layers import check_divides, check_probability, check_sizes
 from .random import Generator
-from .tensor import Tensor
+from .tensor import Tensor, raw
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -250,9 +250,10 @@ class GPT(Module):
 
     def _hidden_states(self, ids, segments, cache):
         """Those; what is added to the cache counts once the caller commits it."""
+        where = of(self.tok_emb.weight.data)
         if cache is None:
             ids = self._checked(ids)  # (B, T)
-            positions, mask = np.arange(ids.shape[1]), None  # (T,)
+            positions, mask = where.xp.arange(ids.shape[1]), None  # (T,)
         else:
             cache.truncate(cache.length)  # without what an interrupted call may have added
             ids = self._checked(ids, cache.length)
@@ -262,15 +263,16 @@ class GPT(Module):
                 raise ValueError("GPT: segments and a cache exclude each other; leave one out")
             segments = self._checked_segments(segments, ids.shape)  # (B, T)
             positions = segment_positions(segments)  # (B, T)
-            mask = Tensor(segment_mask(segments))  # (B, 1, T, T)
+            segments = where.put(segments)
         x = self.tok_emb(ids) + self.pos_emb(positions)  # (B, T, C) + (T, C)
         x = self.drop_emb(x)  # (B, T, C)
         layers = [None] * len(self.blocks) if cache is None else cache.layers
         for block, layer in zip(self.blocks, layers, strict=True):
             if self.recompute and cache is None:
-                x = recompute(block, x, mask, generator=self.drop_emb.generator)  # (B, T, C)
+                generator = self.drop_emb.generator
+                x = recompute(block, x, mask, layer, segments, generator=generator)  # (B, T, C)
             else:
-                x = block(x, mask, layer)  # (B, T, C)
+                x = block(x, mask, layer, segments)  # (B, T, C)
         return self.final_norm(x)  # (B, T, C)
 
     def new_cache(self, batch: int = 1, padding: ArrayLike | None = None) -> KVCache:
@@ -280,7 +282,7 @@ class GPT(Module):
         """
         C, H = self.cfg.emb_dim, self.cfg.n_heads
         sizes = self.cfg.n_layers, batch, H, self.cfg.context_length, C // H
-        return KVCache(*sizes, self.tok_emb.weight.dtype, padding)
+        return KVCache(*sizes, self.tok_emb.weight.dtype, padding, self.device)
 
     def loss(
         self,
@@ -293,8 +295,10 @@ class GPT(Module):
         ids, targets    (B, T) integers; targets[b, t] follows ids[b, t], and -100 is not counted
         segments        as in forward
         """
-        logits = self(ids, segments)  # (B, T, V)
-        return F.cross_entropy(logits, targets)  # ()
+        x = self.hidden_states(ids, segments)  # (B, T, C)
+        if type(self.out_head) is not Linear:
+            return F.cross_entropy(self.out_head(x), targets)  # ()
+        return F.linear_cross_entropy(x, self.out_head.weight, targets)  # ()
 
     def resize_token_embeddings(self, vocab_size: int, generator: Generator | None = None) -> None:
         """Rows for new tokens: tok_emb and out_head grow to `vocab_size`, the old rows stay.
@@ -314,7 +318,8 @@ class GPT(Module):
             return
         for layer in (self.tok_emb, self.out_head):
             weight = layer.weight  # (old, C)
-            rows = Parameter(np.zeros((vocab_size - old, weight.shape[1]), weight.dtype))
+            where = of(weight.data)
+            rows = Parameter(where.xp.zeros((vocab_size - old, weight.shape[1]), weight.dtype))
             normal_(rows, 0.0, 0.02, generator)
             grown = np.concatenate([weight.data, rows.data])  # (vocab_size, C)
             layer.weight = Parameter(grown, weight.requires_grad)
@@ -357,7 +362,7 @@ class GPT(Module):
 
     def _checked(self, ids, start=0):
         """The ids as an array (B, T) that this model can take after `start` others."""
-        ids = ids.data if isinstance(ids, Tensor) else np.asarray(ids)
+        ids = raw(ids)
         if ids.ndim != 2 or ids.size == 0:
             raise ValueError(
                 f"GPT: ids have shape {ids.shape}, expected (B, T) with B, T >= 1; "
@@ -369,7 +374,7 @@ class GPT(Module):
         if start + ids.shape[1] > longest:
             raise ValueError(overflow(f"GPT: ids of shape {ids.shape}", start, longest))
         vocab_size = self.cfg.vocab_size
-        if ids.min() < 0 or ids.max() >= vocab_size:
+        if of(ids) is CPU and not (ids.min() >= 0 and ids.max() < vocab_size):
             wrong = int(ids.min() if ids.min() < 0 else ids.max())
             raise IndexError(
                 f"GPT: id {wrong} is not in 0..{vocab_size - 1}; use the tokenizer that fits "
@@ -379,7 +384,8 @@ class GPT(Module):
 
     def _checked_segments(self, segments, shape):
         """The segments as an array of the ids' shape."""
-        segments = segments.data if isinstance(segments, Tensor) else np.asarray(segments)
+        segments = raw(segments)
+        segments = of(segments).numpy(segments)
         if segments.shape != shape or segments.dtype.kind not in "iu":
             raise ValueError(
                 f"GPT: segments are {segments.dtype} of shape {segments.shape}; "

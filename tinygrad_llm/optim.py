@@ -4,13 +4,17 @@ An optimizer changes `parameter.data` in place. Its own arrays, in float32 or wi
 position: a restart must list the parameters in the same order.
 """
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from . import backend
+from .device import of
 from .nn import Module
+from .precision import DTYPES, is_narrow
 from .tensor import Tensor
 
 _BLOCK = 1 << 16  # elements that are updated at a time: their arrays together fit the cache
@@ -55,13 +59,16 @@ class Optimizer(ABC):
                 state = next(states)
                 if parameter.grad is not None:
                     state["step"] = state.get("step", 0) + 1
-                    self._update(parameter.data, parameter.grad.data, state, group)
+                    with _master(parameter, state) as p:
+                        self._update(
+                            p, parameter.grad.data.astype(p.dtype, copy=False), state, group
+                        )
 
     def state_dict(self) -> dict:
         """What a restart needs: {"state": [...], "param_groups": [...]}.
 
         state           of each parameter, in order: {"step": int, name: array, ...}; {} before its
-                        first step. The arrays are the optimizer's own, not copies.
+                        first step. The arrays are the optimizer's own; those of a GPU are copies.
         param_groups    the options of each group; "params" are positions in that order
         """
         positions = iter(range(len(self.state)))
@@ -69,7 +76,11 @@ class Optimizer(ABC):
             {**group, "params": [next(positions) for _ in group["params"]]}
             for group in self.param_groups
         ]
-        return {"state": [dict(state) for state in self.state], "param_groups": groups}
+        states = [
+            {**state, **{name: of(a).numpy(a) for name, a in _arrays(state)}}
+            for state in self.state
+        ]
+        return {"state": states, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Continues exactly where state_dict() was called: copies the arrays, takes the options.
@@ -78,13 +89,18 @@ class Optimizer(ABC):
         """
         states, groups = state_dict["state"], state_dict["param_groups"]
         self._check_saved(states, groups)
-        self.state = [{**state, **{k: a.copy() for k, a in _arrays(state)}} for state in states]
+        self.state = [
+            {**state, **{name: of(p.data).put(a.copy()) for name, a in _arrays(state)}}
+            for p, state in zip(self._parameters(), states, strict=True)
+        ]
         for group, saved in zip(self.param_groups, groups, strict=True):
             group.update({**saved, "params": group["params"]})
 
     @abstractmethod
     def _update(self, p, g, state, group):
-        """Changes the array p in place, given its gradient g; keeps its own arrays in `state`."""
+        """Changes the array p in place, given its gradient g of the same dtype, float32 or wider;
+        keeps its own arrays in `state`.
+        """
 
     def _check_saved(self, states, groups):
         owner = f"{type(self).__name__}.load_state_dict"
@@ -164,7 +180,12 @@ class AdamW(Optimizer):
 
     The decay is decoupled: it acts on p itself, and does not pass through the running means.
     Kingma & Ba, "Adam", 2015; Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019.
+
+    On a GPU one kernel moves all parameters, if the groups differ in nothing but weight_decay; they
+    have one count t then.
     """
+
+    _kernel = None  # of all parameters: kernels.gpu.optim.AdamW
 
     def __init__(
         self,
@@ -177,10 +198,75 @@ class AdamW(Optimizer):
         options = {"betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {"lr": lr, **options})
 
+    def step(self) -> None:
+        if self._by_kernel():
+            gradients = [p.grad and p.grad.data for p in self._parameters()]
+            self.step_on_device(gradients, self.param_groups[0]["lr"])
+        else:
+            super().step()
+
+    def step_on_device(self, gradients, lr, max_norm=None, loss_scale=None, guarded=False):
+        """The step of all parameters by one kernel: nothing waits for the device.
+
+        gradients   an array or None for each parameter
+        lr          a number, or a float32 array on the device with one element
+        The others, and what is returned, are as in kernels.gpu.optim.AdamW.step. Raises ValueError
+        where there is no such kernel.
+        """
+        return self.device_kernel().step(
+            gradients, lr, max_norm=max_norm, loss_scale=loss_scale, guarded=guarded
+        )
+
+    def device_kernel(self):
+        """The kernel of step_on_device, with the state so far."""
+        if not self._by_kernel():
+            raise ValueError(
+                "AdamW: no kernel moves these parameters: they are on the CPU, kernels are off, or "
+                "groups differ in more than weight_decay; use step()"
+            )
+        if self._kernel is None:
+            self._kernel = self._made_kernel()
+        return self._kernel
+
+    def state_dict(self) -> dict:
+        if self._kernel is not None:
+            step = int(self._kernel.steps)
+            for state in self.state:
+                state["step"] = step
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self._kernel = None  # made anew from this state
+
+    def _by_kernel(self):
+        first = self.param_groups[0]
+        alike = all(group[k] == first[k] for group in self.param_groups for k in _SHARED)
+        return alike and kernels_for(self._parameters()) is not None
+
+    def _made_kernel(self):
+        """The kernel, which owns the state's arrays from now on, with what is in them."""
+        parameters, first = self._parameters(), self.param_groups[0]
+        decays = [group["weight_decay"] for group in self.param_groups for _ in group["params"]]
+        kernel = kernels_for(parameters).AdamW(
+            [p.data for p in parameters],
+            weight_decay=decays,
+            betas=first["betas"],
+            eps=first["eps"],
+        )
+        own = {"exp_avg": kernel.exp_avg, "exp_avg_sq": kernel.exp_avg_sq, "master": kernel.masters}
+        for i, (p, state) in enumerate(zip(parameters, self.state, strict=True)):
+            for name, arrays in own.items():
+                if name in state:
+                    arrays[i][...] = state[name]
+                if name != "master" or is_narrow(p.data):
+                    state[name] = arrays[i]
+        kernel.steps[...] = max(state.get("step", 0) for state in self.state)
+        return kernel
+
     def _update(self, p, g, state, group):
         if "exp_avg" not in state:
-            state["exp_avg"] = np.zeros_like(p, _wide(p))
-            state["exp_avg_sq"] = np.zeros_like(p, _wide(p))
+            state["exp_avg"], state["exp_avg_sq"] = np.zeros_like(p), np.zeros_like(p)
         for arrays in _blocks(p, g, state["exp_avg"], state["exp_avg_sq"]):
             _adamw(*arrays, state["step"], group)
 
@@ -201,7 +287,6 @@ def _adamw(p, g, m, v, t, group):
     lr, (beta1, beta2) = group["lr"], group["betas"]
     c = math.sqrt(1 - beta2**t)
     p *= 1 - lr * group["weight_decay"]
-    g = g.astype(m.dtype, copy=False)
     work = g - m
     work *= 1 - beta1
     m += work  # β₁ m + (1 - β₁) g
@@ -216,6 +301,34 @@ def _adamw(p, g, m, v, t, group):
     p -= work
 
 
+_SHARED = ("lr", "betas", "eps")  # options that one kernel has for all parameters
+
+
+@contextlib.contextmanager
+def _master(parameter, state):
+    """The array to move: that of the parameter, or for one of 16 bits a copy in float32, which
+    remembers the steps that are too small for it.
+    """
+    data = parameter.data
+    if not is_narrow(data):
+        yield data
+        return
+    if "master" not in state:
+        state["master"] = data.astype(np.float32)
+    yield state["master"]
+    data[...] = state["master"].astype(data.dtype)
+
+
+def kernels_for(parameters):
+    """The module of kernels that can move these parameters, or None: those of a GPU, float32 or
+    narrower, where the kernels are not switched off.
+    """
+    where = {of(p.data) for p in parameters}
+    if len(where) != 1 or not all(p.dtype in DTYPES.values() for p in parameters):
+        return None
+    return backend.kernel_module(where.pop(), "optim")
+
+
 # --- before the step ------------------------------------------------------------------------------
 
 
@@ -228,8 +341,12 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> float:
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm is above 0, not {max_norm!r}")
-    gradients = [p.grad.data for p in _parameters(parameters) if p.grad is not None]
-    norm = math.sqrt(sum(_sum_of_squares(g) for g in gradients))
+    parameters = [p for p in _parameters(parameters) if p.grad is not None]
+    gradients = [p.grad.data for p in parameters]
+    if (kernels := kernels_for(parameters)) is not None:
+        norm = float(kernels.global_norm(gradients))
+    else:
+        norm = math.sqrt(sum(_sum_of_squares(g) for g in gradients))
     scale = max_norm / (norm + 1e-6)
     if scale < 1 and math.isfinite(norm):
         for g in gradients:
@@ -256,6 +373,38 @@ def warmup_cosine(
         return minimum
     progress = (step - warmup) / (total - warmup)
     return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class LossScale:
+    """What a float16 loss is multiplied by before backward, so that small gradients are not lost.
+
+    float16 holds nothing below 6e-8. `scale` is halved when a gradient overflows, and that step is
+    left out; after `interval` steps without, it is doubled. Micikevicius et al., 2018, section 3.2;
+    the numbers are those of PyTorch's GradScaler.
+    """
+
+    def __init__(self, scale: float = 2.0**16, interval: int = 2000):
+        self.scale, self.interval = scale, interval
+        self.good = 0  # steps since the scale has changed
+        self.skipped = 0  # steps left out
+
+    def update(self, finite: bool) -> bool:
+        """Counts a step whose gradients were finite, or not; returns whether to take it."""
+        if not finite:
+            self.scale, self.good, self.skipped = self.scale / 2, 0, self.skipped + 1
+            return False
+        self.good += 1
+        if self.good == self.interval:
+            self.scale, self.good = min(self.scale * 2, 2.0**127), 0
+        return True
+
+    def state_dict(self) -> dict:
+        """What a restart needs, as JSON can hold it."""
+        return {"scale": self.scale, "good": self.good, "skipped": self.skipped}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continues where state_dict() was called."""
+        self.scale, self.good, self.skipped = state["scale"], state["good"], state["skipped"]
 
 
 def decay_groups(model: Module, weight_decay: float) -> list[dict]:
@@ -298,7 +447,7 @@ def _wide(array):
 
 def _arrays(state):
     """The (name, array) pairs in the state of a parameter."""
-    return [(name, value) for name, value in state.items() if isinstance(value, np.ndarray)]
+    return [(name, value) for name, value in state.items() if hasattr(value, "dtype")]
 
 
 def _parameters(tensors):

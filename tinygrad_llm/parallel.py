@@ -19,6 +19,7 @@ from threadpoolctl import ThreadpoolController
 
 from . import backend
 from .gpt import GPT
+from .precision import is_narrow
 from .tensor import Tensor, leaf_gradients, no_grad
 
 IGNORED = -100  # a target that does not count
@@ -42,7 +43,7 @@ class Shards:
 
     The sums are taken in the same order every time: the same number of threads gives the same bits.
     A model with dropout, in training, runs on one thread, since its masks come from one random
-    stream, and so does a single row: BLAS has `threads` then.
+    stream, and so do a single row, for which BLAS has `threads` then, and a GPU.
     Each further thread holds gradients of its own while it computes, as large as the weights.
     """
 
@@ -66,16 +67,25 @@ class Shards:
 
         return sum(self._each(shard, model, ids, targets, 1.0))
 
-    def backward(self, model: GPT, ids: NDArray, targets: NDArray, pieces: int = 1) -> float:
-        """The same; and .grad of every parameter is its gradient, whatever it was before.
+    def backward(
+        self,
+        model: GPT,
+        ids: NDArray,
+        targets: NDArray,
+        pieces: int = 1,
+        scale: float = 1.0,
+    ) -> float:
+        """The same; and .grad of every parameter is its gradient, whatever it was before: in
+        float32 for parameters of 16 bits.
 
         With more `pieces`, the rows take turns: the same mean and gradient, up to rounding, in the
-        memory that one piece needs (gradient accumulation).
+        memory that one piece needs (gradient accumulation). Backward starts from `scale`, and the
+        gradients are divided by it: see optim.LossScale.
         """
 
         def shard(ids, targets, weight):
             loss = model.loss(ids, targets)
-            return loss.item() * weight, leaf_gradients(loss, weight)
+            return loss.item() * weight, leaf_gradients(loss, weight * scale)
 
         total, gradients = 0.0, {}
         for rows, weight in _shares(targets, pieces):
@@ -85,6 +95,8 @@ class Shards:
                 _add(gradients, of_shard)
         for parameter in model.parameters():
             parameter.grad = gradients.get(id(parameter))
+            if scale != 1 and parameter.grad is not None:
+                parameter.grad.data /= scale
         return total
 
     def _each(
@@ -92,7 +104,8 @@ class Shards:
     ) -> list[Any]:
         """shard(ids, targets, weight) for each thread's rows; the weights add up to `whole`."""
         draws_masks = model.training and any(map(model.cfg.dropout, ("emb", "attn", "shortcut")))
-        shares = _shares(targets, 1 if draws_masks else self.threads)
+        alone = draws_masks or model.device != "cpu"
+        shares = _shares(targets, 1 if alone else self.threads)
         if len(shares) == 1:
             with self.limited():
                 return [shard(ids, targets, whole)]
@@ -122,4 +135,4 @@ def _add(gradients: dict[int, Tensor], more: dict[int, Tensor]) -> None:
         if i in gradients:
             gradients[i].data += gradient.data
         else:
-            gradients[i] = gradient
+            gradients[i] = gradient.float() if is_narrow(gradient.data) else gradient

@@ -14,8 +14,10 @@ Where PyTorch is built with Intel's MKL, as on Linux, it draws the masks of one 
 otherwise: for these the stream is that of its other builds, macOS among them.
 """
 
+import contextlib
 import math
 import operator
+import threading
 
 import numpy as np
 
@@ -164,6 +166,16 @@ class Generator:
         rows = zip(sums.reshape(-1, p.shape[-1]), u.reshape(-1, k))
         return np.array([np.searchsorted(s, v) for s, v in rows], np.int64).reshape(u.shape)
 
+    def kernel_seed(self):
+        """For a kernel of a GPU that draws by itself, with Philox: the arguments that say what.
+
+        Each call gives another seed: of this stream, or inside `kernel_seeds_from`, of its word.
+        """
+        if _seeds.word is None:
+            return {"seed": int(self.integers(0, 2**62, ()))}
+        _seeds.drawn += 1
+        return {"seed": _seeds.word, "seed_offset": _seeds.drawn}
+
     # --- words ------------------------------------------------------------------------------------
 
     def words(self, n):
@@ -206,6 +218,32 @@ def _box_muller(u):
     angle = 2 * np.pi * blocks[:, 8:]
     blocks[:, :8], blocks[:, 8:] = r * np.cos(angle), r * np.sin(angle)
     return u
+
+
+class _Seeds(threading.local):
+    word, drawn = None, 0
+
+
+_seeds = _Seeds()
+
+
+@contextlib.contextmanager
+def kernel_seeds_from(word, drawn=0):
+    """Inside, the seeds of kernels are what will be in `word`, an int64 array () on their device,
+    when they run, plus 1, 2, ... in the order in which they are asked for: so that a step which was
+    recorded once draws other numbers each time.
+    """
+    before = _seeds.word, _seeds.drawn
+    _seeds.word, _seeds.drawn = word, drawn
+    try:
+        yield
+    finally:
+        _seeds.word, _seeds.drawn = before
+
+
+def kernel_seeds_now():
+    """The arguments of kernel_seeds_from that continue from here."""
+    return _seeds.word, _seeds.drawn
 
 
 # --- arguments ------------------------------------------------------------------------------------

@@ -9,15 +9,18 @@ import contextlib
 import heapq
 import itertools
 import threading
+from functools import cache, partial
+from types import SimpleNamespace
 
 import numpy as np
 
-from . import backend
+from . import backend, precision
+from .device import CPU, device, is_device, of
 from .ops import TABLE
 
 _age = itertools.count().__next__  # Tensors are numbered as they are made
-_FLOAT64 = np.dtype(np.float64)
-_NUMBERS = (int, float, bool)
+_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+_NUMBERS, _NUMPYS = (int, float, bool), np.ndarray
 
 
 class _Recording(threading.local):
@@ -54,7 +57,8 @@ def is_grad_enabled():
 class Tensor:
     """An array that remembers how it was made.
 
-    data            NumPy array: of float32 from Python floats, of int64 from integers
+    data            array: of float32 from Python floats, of int64 from integers; NumPy's, or on a
+                    GPU CuPy's
     requires_grad   whether gradients are wanted; only floating-point tensors can have them
     grad            None, or after backward() the sum of the gradients that reached this leaf
     """
@@ -85,7 +89,7 @@ class Tensor:
     shape = property(lambda self: self.data.shape, doc="Lengths of the axes, a tuple.")
     dtype = property(lambda self: self.data.dtype, doc="NumPy dtype of the elements.")
     ndim = property(lambda self: self.data.ndim, doc="Number of axes.")
-    device = property(lambda self: "cpu", doc="Where the data lives.")
+    device = property(lambda self: of(self.data).name, doc='Where the data lives: "cpu", "cuda:0".')
     is_leaf = property(lambda self: self._node is None, doc="Not made by a recorded op.")
 
     def numel(self):
@@ -97,10 +101,12 @@ class Tensor:
         return self.shape if axis is None else self.shape[axis]
 
     def numpy(self):
-        """The data itself, not a copy. RuntimeError if it requires grad: detach() first."""
+        """The data itself, not a copy; of a GPU, a copy. RuntimeError if it requires grad: detach()
+        first.
+        """
         if self.requires_grad:
             raise RuntimeError("numpy() of a Tensor that requires grad; use .detach().numpy()")
-        return self.data
+        return of(self.data).numpy(self.data)
 
     def item(self):
         """The only element as a Python number. Raises ValueError if there are more."""
@@ -141,9 +147,11 @@ class Tensor:
     __hash__ = object.__hash__  # by identity: == compares elements
 
     def __repr__(self):
-        text = np.array2string(self.data, separator=", ", precision=4, prefix="tensor(")
+        numbers, where = self.detach().numpy(), of(self.data)
+        text = np.array2string(numbers, separator=", ", precision=4, prefix="tensor(")
         default = self.dtype in (np.float32, np.int64, np.bool)
         dtype = "" if default else f", dtype={self.dtype}"
+        dtype += "" if where is CPU else f", device={where.name!r}"
         made_by = "" if self.is_leaf else f", op={self._node[0].op.name}"
         return f"tensor({text}{dtype}{made_by}{', requires_grad=True' * self.requires_grad})"
 
@@ -180,16 +188,34 @@ class Tensor:
     # --- the same data, moved ---
 
     def to(self, target):
-        """In another dtype (the gradient flows back through the cast), or on another device."""
-        if isinstance(target, str) and target.partition(":")[0] in ("cpu", "cuda"):
-            backend.check_device(target)
-            return self
-        dtype = np.dtype(target)
+        """In another dtype, or on another device: "cpu", "cuda", "cuda:1", ... The gradient flows
+        back. What is so already is returned as it is. Raises ValueError for a device that cannot be
+        used, TypeError for no dtype.
+        """
+        if is_device(target):
+            return _moved(self, device(target))
+        dtype = precision.dtype(target)
         return self if dtype == self.dtype else apply(TABLE["cast"], self, dtype=dtype.name)
+
+    def cpu(self):
+        """On the CPU."""
+        return self.to("cpu")
+
+    def cuda(self):
+        """On the current GPU."""
+        return self.to("cuda")
 
     def float(self):
         """As float32."""
         return self.to(np.float32)
+
+    def bfloat16(self):
+        """As bfloat16."""
+        return self.to("bfloat16")
+
+    def half(self):
+        """As float16."""
+        return self.to(np.float16)
 
     def double(self):
         """As float64."""
@@ -338,25 +364,36 @@ def _axis(axis, ndim):
 
 
 def apply(op, *args, **attributes):
-    """Runs an op on Tensors, arrays and numbers, and records it if a gradient may be wanted."""
-    arrays, recorded = [], False
+    """Runs an op on Tensors, arrays and numbers, and records it if a gradient may be wanted.
+
+    The Tensors live on one device (else TypeError), and arrays are taken there.
+    """
+    arrays, recorded, usual, where = [], False, True, CPU
+    reading = backend.current.reading
     for a in args:
         if isinstance(a, Tensor):
-            arrays.append(a.data)
+            arrays.append(data := a.data)
             recorded = recorded or a.requires_grad
+            if data.dtype is not _FLOAT32 or type(data) is not _NUMPYS:
+                usual = False
         else:
             arrays.append(_constant(a))
-    implementation = backend.current.reading[op]
+    if not usual:
+        where, arrays = _together(op.name, args, arrays)
+        reading = reading.on(where, any(map(precision.is_narrow, arrays)))
+    implementation = reading[op]
     if implementation.accepts is not None and not implementation.accepts(*arrays, **attributes):
         implementation = backend.MATHS[op]
     try:
         y = implementation.forward(*arrays, **attributes)
-    except (ValueError, IndexError) as error:
-        raise type(error)(_does_not_fit(op, arrays, attributes, error)) from None
+    except (TypeError, ValueError, IndexError) as error:
+        implementation, y = _in_its_place(implementation, arrays, attributes, error)
     saved = None
     if implementation.saves:
         y, saved = y
-    if not isinstance(y, np.ndarray):
+    if where is not CPU:
+        y = where.own(y)
+    elif not isinstance(y, np.ndarray):
         y = np.asarray(y)
     if y.dtype == _FLOAT64 and not _may_be_float64(arrays, attributes):
         y = y.astype(np.float32)
@@ -367,10 +404,98 @@ def apply(op, *args, **attributes):
     return _fill(Tensor.__new__(Tensor), y, node is not None, node)
 
 
+def _in_its_place(implementation, arrays, attributes, error):
+    """(what runs the op where a GPU kernel has refused its arguments, its result). The refusal is
+    counted. Raises the error if there is nothing else to try.
+    """
+    op, instead = implementation.op, implementation.fallback
+    if instead is not None and not isinstance(error, IndexError):
+        backend.refusals[op.name, str(error)] += 1
+        try:
+            return instead, instead.forward(*arrays, **attributes)
+        except (ValueError, IndexError) as its_own:
+            error = its_own
+    if isinstance(error, TypeError):
+        raise error
+    raise type(error)(_does_not_fit(op, arrays, attributes, error)) from None
+
+
+def _together(name, args, arrays):
+    """(the device of the Tensors among args, all arrays there). TypeError if they have two."""
+    where = {of(a.data) for a in args if isinstance(a, Tensor)}
+    if len(where) != 1:
+        names = " and ".join(sorted(each.name for each in where))
+        raise TypeError(f"{name} of tensors on {names}: move them to one device with .to(...)")
+    (where,) = where
+    where.make_current()
+    return where, [where.put(a) if hasattr(a, "dtype") else a for a in arrays]
+
+
+def fused(name, definition, *inputs, drawn=None, **attributes):
+    """definition(*inputs), a composition of ops on Tensors (or None), by one kernel of that name if
+    the device of the inputs has one that takes them.
+
+    attributes  what the kernel is given beside the arrays
+    drawn       a function that gives more of them, from a random stream that the definition, too,
+                would draw from: it is called for the kernel only
+    """
+    tensors = [x for x in inputs if x is not None]
+    first = tensors[0].data
+    if type(first) is np.ndarray:
+        return definition(*inputs)  # NumPy has no such kernels
+    where, arrays = _together(name, tensors, [x.data for x in tensors])
+    kernel = backend.current.reading.on(where).fused.get(name)
+    if kernel is None:
+        return definition(*inputs)
+    arrays = [None if x is None else x.data for x in inputs]
+    attributes |= drawn() if drawn else {}
+    try:
+        y, saved = kernel.forward(*arrays, **attributes)
+    except (TypeError, ValueError) as error:
+        backend.refusals[name, str(error)] += 1
+        return definition(*inputs)
+    recorded = _recording.on and any(x.requires_grad for x in tensors)
+    op = SimpleNamespace(name=name, saves=False, vjp=partial(_vjp_of_definition, definition))
+    vjp = backend.with_plain_gradient(kernel.vjp)
+    implementation = backend.Implementation(op, None, vjp, saves=True, is_kernel=True)
+    node = (implementation, inputs, attributes, saved) if recorded else None
+    return _fill(Tensor.__new__(Tensor), where.own(y), recorded, node)
+
+
+def _vjp_of_definition(definition, xp, g, y, *inputs, **attributes):
+    """The gradients of a fused kernel on the tape: those of the ops that it stands for."""
+    xs = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    found = dict(zip(map(id, xs), grad(definition(*inputs), xs, g, create_graph=True)))
+    return tuple(found.get(id(x)) for x in inputs)
+
+
+def _moved(x, where):
+    """x on that device; the gradient moves back."""
+    if of(x.data) is where:
+        return x
+    data = where.put(x.data)
+    if not (x.requires_grad and _recording.on):
+        return _fill(Tensor.__new__(Tensor), data, False, None)
+    return _fill(Tensor.__new__(Tensor), data, True, (_TO, [x], {}, None))
+
+
+_TO = backend.Implementation(
+    SimpleNamespace(name="to", saves=False, vjp=lambda xp, g, y, x: (g.to(x.device),)),
+    None,
+    lambda g, y, x: (of(x).put(g),),
+    saves=False,
+)
+
+
+def raw(x):
+    """The array of a Tensor, an array of any device, or what NumPy makes an array of."""
+    return x.data if isinstance(x, Tensor) else x if hasattr(x, "dtype") else np.asarray(x)
+
+
 def _may_be_float64(arrays, attributes):
     """As in PyTorch, float64 comes from float64 or from a cast: 1/2 of integers is float32."""
     asked = attributes.get("dtype") == "float64"
-    return asked or any(isinstance(a, np.ndarray) and a.dtype == _FLOAT64 for a in arrays)
+    return asked or any(hasattr(a, "dtype") and a.dtype == _FLOAT64 for a in arrays)
 
 
 def _constant(a):
@@ -537,7 +662,7 @@ def _walk(root, gradient, keep, only, create_graph, retain_graph):
                     arrived[j] += g
                 else:
                     arrived[j] = arrived[j] + g
-                    if isinstance(arrived[j], np.ndarray):
+                    if not isinstance(arrived[j], Tensor):
                         owned.add(j)
             if not retain_graph:
                 tensor._node = node[0], None, None, None
@@ -550,7 +675,7 @@ def _is_end(node, on_the_way):
 
 def _own(gradient, data):
     """A gradient that may be added to in place: a copy of the one so far, or zeros."""
-    return np.zeros(data.shape, data.dtype) if gradient is None else np.array(gradient)
+    return np.zeros_like(data) if gradient is None else gradient.copy()
 
 
 def _seed(root, gradient, create_graph):
@@ -563,12 +688,14 @@ def _seed(root, gradient, create_graph):
                 "without it only a single number can start"
             )
         gradient = np.ones_like(root.data)
-    raw = gradient.data if isinstance(gradient, Tensor) else np.asarray(gradient, root.dtype)
-    if raw.shape != root.shape:
-        raise ValueError(f"gradient has shape {raw.shape}, expected {root.shape}")
+    array = raw(gradient)
+    array = of(root.data).put(array)
+    if array.shape != root.shape:
+        raise ValueError(f"gradient has shape {array.shape}, expected {root.shape}")
+    array = array.astype(root.dtype, copy=False)
     if create_graph:
-        return gradient if isinstance(gradient, Tensor) else Tensor(raw)
-    return raw.astype(root.dtype, copy=False)
+        return gradient if isinstance(gradient, Tensor) else Tensor(array)
+    return array
 
 
 def _freed(op):
@@ -598,10 +725,10 @@ def _vjp_on_the_tape(tensor, node, gradient, only):
     What forward saved was computed off the tape, so forward is read again here.
     """
     implementation, inputs, attributes, _ = node
-    op = implementation.op
+    op, xp = implementation.op, _tape_of(tensor)
     if op.saves:
-        attributes = {**attributes, "saved": op.forward(tape, *inputs, **attributes)[1]}
-    return _as_many(op.vjp(tape, gradient, tensor, *inputs, **attributes), node)
+        attributes = {**attributes, "saved": op.forward(xp, *inputs, **attributes)[1]}
+    return _as_many(op.vjp(xp, gradient, tensor, *inputs, **attributes), node)
 
 
 def _as_many(gradients, node):
@@ -616,6 +743,7 @@ def _as_many(gradients, node):
 def _fit(g, x):
     """The gradient g in x's shape and dtype: broadcasting is undone here, for every op."""
     if g.shape != x.shape:
+        g = g.astype(np.float32) if precision.is_narrow(g) and not isinstance(g, Tensor) else g
         g = _sum_down(tape if isinstance(g, Tensor) else np, g, x.shape)
     if g.dtype != x.dtype:
         g = g.to(x.dtype) if isinstance(g, Tensor) else g.astype(x.dtype)
@@ -640,10 +768,12 @@ _MAY_DETACH = {"argmax", "argsort", "isfinite", "isnan", "zeros_like", "ones_lik
 class Tape:
     """The `xp` whose arrays are Tensors: an op's own lines, recorded.
 
-    A name in the op table applies that op. Anything else is NumPy's on the raw data, and refuses a
-    Tensor that requires grad, because the gradient would be lost silently; a few functions whose
-    derivative is zero or meaningless everywhere may pass.
+    A name in the op table applies that op. Anything else is NumPy's on the raw data, or that of the
+    device, and refuses a Tensor that requires grad, because the gradient would be lost silently; a
+    few functions whose derivative is zero or meaningless everywhere may pass.
     """
+
+    base = np
 
     def __getattr__(self, name):
         value = self._applied(TABLE[name]) if name in TABLE else self._detached(name)
@@ -659,7 +789,7 @@ class Tape:
         return run
 
     def _detached(self, name):
-        function = getattr(np, name)
+        function = getattr(self.base, name)
         if isinstance(function, type) or not callable(function):
             return function  # a dtype or a constant
 
@@ -669,12 +799,23 @@ class Tape:
                 raise TypeError(f"xp.{name} is no op: it would lose the gradient of its argument")
             raw = [a.data if isinstance(a, Tensor) else a for a in args]
             result = function(*raw, **keywords)
-            return Tensor(result) if isinstance(result, np.ndarray | np.generic) else result
+            return Tensor(result) if hasattr(result, "dtype") else result
 
         return run
 
 
 tape = Tape()
+
+
+@cache
+def _tape_on(where):
+    return type("Tape", (Tape,), {"base": where.xp})()
+
+
+def _tape_of(tensor):
+    """The tape whose other arrays are where this Tensor's are."""
+    where = of(tensor.data)
+    return tape if where is CPU else _tape_on(where)
 
 
 # --- indexing and operators -----------------------------------------------------------------------
@@ -685,18 +826,20 @@ def _getitem(x, key):
     key = key if isinstance(key, tuple) else (key,)
     key = tuple(k.data if isinstance(k, Tensor) else k for k in key)
     key = tuple(np.asarray(k, None if k else np.int64) if isinstance(k, list) else k for k in key)
+    key = tuple(backend.beside(x.data, k) for k in key)
     key = tuple(int(k) if _is_integers(k) and k.ndim == 0 else k for k in key)
     if len(key) == 1 and x.ndim > 1 and _is_integers(key[0]):
         return _rows(x, key[0])
-    if not any(isinstance(k, np.ndarray) for k in key):
+    if not any(hasattr(k, "dtype") for k in key):
         return apply(TABLE["getitem"], x, key=key)
-    positions = np.arange(x.numel()).reshape(x.shape)[key]  # of the chosen elements, row-major
+    places = of(x.data).xp.arange(x.numel()).reshape(x.shape)
+    positions = places[key]  # of the chosen elements, row-major
     rows = apply(TABLE["embedding"], x.reshape(-1, 1), positions)
     return rows.reshape(positions.shape)
 
 
 def _is_integers(k):
-    return isinstance(k, np.ndarray) and k.dtype.kind in "iu"
+    return hasattr(k, "dtype") and k.dtype.kind in "iu"
 
 
 def _rows(x, positions):
@@ -781,7 +924,7 @@ for _symbol in ("add", "sub", "mul", "truediv"):
 
 def _compare(symbol):
     def compare(self, other):
-        other = other.data if isinstance(other, Tensor) else other
+        other = other.data if isinstance(other, Tensor) else backend.beside(self.data, other)
         return Tensor(getattr(self.data, symbol)(other))
 
     return compare

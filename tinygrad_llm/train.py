@@ -20,8 +20,9 @@ from .data.files import atomic_write
 from .generate import evaluating
 from .gpt import GPT, GPTConfig
 from .nn import no_init
-from .optim import AdamW, clip_grad_norm_, decay_groups, warmup_cosine
+from .optim import AdamW, decay_groups, warmup_cosine
 from .parallel import Shards, blas, default_threads
+from .step import make_step
 
 STATE_VERSION = 3  # of Trainer.state_dict
 
@@ -154,6 +155,15 @@ class Trainer:
         groups = decay_groups(model, settings.weight_decay)
         self.optimizer = AdamW(groups, lr=settings.lr, betas=(0.9, 0.99))
         self.shards = Shards(settings.threads)
+        self.update = make_step(
+            model,
+            self.optimizer,
+            accumulate=settings.accumulate,
+            max_norm=settings.grad_clip,
+            generator=self.dropout,
+            shards=self.shards,
+        )
+        self._ahead = self._windows_before = None  # a batch, and the state before it was drawn
         self.fingerprint = _fingerprint(train_tokens, val_tokens)
         self.step, self.grad_norm = 0, math.nan
         self.losses: list[float] = []
@@ -181,15 +191,12 @@ class Trainer:
 
     def training_step(self) -> float:
         """One update of the weights; returns the loss before it."""
-        s, (ids, targets) = self.settings, next(self.batches)  # each (accumulate * B, T)
-        # Also the length of the gradient has other last bits with another number of BLAS threads.
-        with np.errstate(all="ignore"), self.shards.limited():  # nan is looked for below
-            loss = self.shards.backward(self.model, ids, targets, s.accumulate)
-            self.grad_norm = clip_grad_norm_(self.model.parameters(), s.grad_clip)
-            self._check_finite(loss, self.grad_norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate()
-            self.optimizer.step()
+        (ids, targets), self._ahead = self._ahead or next(self.batches), None  # (accumulate * B, T)
+        self.update.start(ids, targets, self.learning_rate())
+        if self.model.device != "cpu":  # which goes on meanwhile
+            self._windows_before, self._ahead = self.windows.get_state(), next(self.batches)
+        loss, self.grad_norm = self.update.finish()
+        self._check_update(loss)
         self.step += 1
         self.losses.append(loss)
         return loss
@@ -248,6 +255,13 @@ class Trainer:
         self.evaluations.append((self.step, loss))
         return loss
 
+    def _check_update(self, loss: float) -> None:
+        """Raises FloatingPointError if the update has found no numbers, and so was none."""
+        if self.update.loss_scale is None:
+            self._check_finite(loss, self.grad_norm)
+        else:  # float16 may leave a step out now and then
+            self._check_finite(loss if self.update.scale >= 1 else math.nan)
+
     def _check_finite(self, *numbers: float) -> None:
         if not all(map(math.isfinite, numbers)):
             raise FloatingPointError(
@@ -274,7 +288,8 @@ class Trainer:
             "frozen": [n for n, p in self.model.named_parameters() if not p.requires_grad],
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
-            "windows": self.windows.get_state(),
+            "windows": self._windows_before if self._ahead else self.windows.get_state(),
+            **self.update.state_dict(),
             "dropout": self.dropout.get_state(),
             "losses": np.array(self.losses, np.float64),
             "evaluations": np.array(self.evaluations, np.float64).reshape(-1, 2),
@@ -290,13 +305,15 @@ class Trainer:
         val_tokens: ArrayLike,
         steps: int | None = None,
         patience: int | None = None,
+        device: str = "cpu",
     ) -> "Trainer":
         """The trainer whose state_dict() this was, to be given the same tokens.
 
         With more `steps` it goes on for longer, on the learning rates of the longer schedule, and
         with another `patience` it stops at another time; otherwise every number is what it would
         have been without the interruption. A patience that it did not have before counts from here
-        on: the weights of earlier validation losses are gone.
+        on: the weights of earlier validation losses are gone. It may go on on another device, whose
+        sums have other last digits.
         Raises ValueError for fewer steps than before, other tokens, or a state that does not fit.
         """
         if state.get("version") != STATE_VERSION:
@@ -319,6 +336,7 @@ class Trainer:
         model = _model(GPTConfig.from_dict(state["config"]), state["model"])
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in state["frozen"])
+        model.to(device)
         settings = replace(settings, steps=steps, patience=patience)
         trainer = cls(model, train_tokens, val_tokens, settings)
         if trainer.fingerprint != state["fingerprint"]:
@@ -326,6 +344,7 @@ class Trainer:
                 "this run was trained on other tokens, as many as these: give it the same ones"
             )
         trainer.optimizer.load_state_dict(state["optimizer"])
+        trainer.update.load_state_dict({"loss_scale": None, **state})
         trainer.windows.set_state(state["windows"])
         trainer.dropout.set_state(state["dropout"])
         trainer.step = state["step"]

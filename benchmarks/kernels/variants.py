@@ -14,7 +14,7 @@ ATTENTION = (  # what is asked of attention, and dtype and precision
     ({"segments": True}, "bfloat16"),
     ({"window": 256, "shared": 4}, "bfloat16"),
     ({"dropout": 0.1, "segments": True, "window": 256, "shared": 4}, "bfloat16"),
-    ({"dropout": 0.1}, "bfloat16"),
+    ({"dropout": 0.1, "word": True}, "bfloat16"),
     ({"dropout": 0.1, "causal": False}, "float16"),
     ({"window": 256, "shared": 4}, "float32"),
     ({"dropout": 0.1, "shared": 4}, "float32 tf32"),
@@ -38,6 +38,7 @@ LINEAR = (  # rows, columns of x and of y, what follows, dtype and precision
 )
 WIDTHS = (768, 8192, 12288, 40000)  # of rows: few, one, or a part of one in registers
 DTYPES = ("bfloat16", "float32")
+_WORD = Input((), "int64", below=2**32)  # of a seed on the device
 
 
 def variants(every: bool = False) -> list[Workload]:
@@ -83,20 +84,37 @@ def _attention(every):
             yield _attention_with(d, dtype, precision=precision, **options)
 
 
-def _attention_with(d, dtype, *, segments=False, shared=1, causal=True, **attributes):
-    """shared: so many heads of queries use the same keys."""
+def _attention_with(d, dtype, *, segments=False, shared=1, word=False, causal=True, **attributes):
+    """shared: so many heads of queries use the same keys; word: the seed is on the device."""
     T, attributes = 2048, {"causal": causal, **attributes}
-    q, k, ids = Input((4, 8, T, d), dtype), Input((4, 8 // shared, T, d), dtype), ()
+    q, k, given = Input((4, 8, T, d), dtype), Input((4, 8 // shared, T, d), dtype), {}
     if segments:
-        ids = (Input((4, T), "int32", below=3),)
+        given["segments"] = Input((4, T), "int32", below=3)
+    if word:
+        given["seed"] = _WORD
 
-    def ours(q, k, v, g, *ids):
-        more = dict(zip(("segments",), ids))
-        return our_backward("attention.attention", attributes | more, (0, 1, 2))(q, k, v, g)
+    def ours(q, k, v, g, *more):
+        options = attributes | dict(zip(given, more))
+        return our_backward("attention.attention", options, (0, 1, 2))(q, k, v, g)
 
-    said = {"segments": segments, "shared": shared, **attributes}
+    said = {"segments": segments, "shared": shared, "word": word, **attributes}
     name = f"attention of {d} in {dtype}, {_said(said)}"
-    return _variant(name, (q, k, k, q, *ids), ours, tensor_cores=dtype != "float32")
+    return _variant(name, (q, k, k, q, *given.values()), ours, tensor_cores=dtype != "float32")
+
+
+def _self_attention():
+    for H, H_k, d, options in (
+        (12, None, 64, {}),
+        (32, 8, 128, {"window": 256}),
+        (12, None, 64, {"dropout": 0.1, "seed": 1, "precision": "tf32"}),
+    ):
+        dtype = "float32" if "precision" in options else "bfloat16"
+        y, qkv = Input((4, 2048, H * d), dtype), Input((4, 2048, (H + 2 * (H_k or H)) * d), dtype)
+        heads = {"heads": H, "kv_heads": H_k}
+        name, where = f"self_attention of {d} in {dtype}", "attention.self_attention"
+        yield _both_ways(
+            f"{name}, {_said(heads | options)}", where, (qkv,), (y,), **heads, **options
+        )
 
 
 def _said(options):
@@ -118,6 +136,18 @@ def _decode():
         attributes = {"window": window, "precision": precision}
         name = f"decode {B} x {H} / {H_k} x {T} of {n} x {d} in {text}, window {window}"
         yield _variant(name, (q, k, k, lengths), our_forward("decode.decode", attributes))
+    for B, H, T, n, d, dtype in (
+        (64, 12, 1, 1024, 64, "bfloat16"),
+        (2, 8, 500, 4096, 80, "float32"),
+    ):
+        k, cache, lengths = (
+            Input((B, H, T, d), dtype),
+            Input((B, H, n, d), dtype),
+            Input((B,), "int32", below=n),
+        )
+        name = f"append {B} x {H} x {T} to {n} x {d} in {dtype}"
+        inputs = k, k, cache, cache, lengths
+        yield _variant(name, inputs, our_forward("decode.append", {}))
 
 
 # --- products -------------------------------------------------------------------------------------
@@ -190,10 +220,11 @@ def _loss():
             name, options = f"cross_entropy of {v} in {dtype}", {"in_place": in_place}
             name += ", in place" if in_place else ""
             yield _both_ways(name, "loss.cross_entropy", (x, t), g, wrt=(0,), **options)
-    h, w = Input((4096, 768), "float32"), Input((50257, 768), "float32")
-    inputs = h, w, Input((4096,), "int64", below=50257)
-    name = "linear_cross_entropy in float32"
-    yield _both_ways(name, "loss.linear_cross_entropy", inputs, g, wrt=(0, 1))
+    for dtype in ("float32", "float16"):
+        h, w = Input((4096, 768), dtype), Input((50257, 768), dtype)
+        inputs = h, w, Input((4096,), "int64", below=50257)
+        name = f"linear_cross_entropy in {dtype}"
+        yield _both_ways(name, "loss.linear_cross_entropy", inputs, g, wrt=(0, 1))
 
 
 # --- the rest -------------------------------------------------------------------------------------
@@ -205,6 +236,7 @@ def _others():
         yield _both_ways(f"gelu {name}", "elementwise.gelu", (x,))
         yield _both_ways(f"silu_multiply {name}", "elementwise.silu_multiply", (x, x), (x,))
         yield _both_ways(f"dropout {name}", "elementwise.seeded_dropout", (x,), p=0.1, seed=1)
+        yield _variant(f"dropout {name}, its seed on the device", (x, _WORD), _dropout)
         w, t = Input((5000, n), dtype), Input((4096,), "int64", below=5000)
         yield _both_ways(f"embedding {name}", "shape.embedding", (w, t), (x,), wrt=(0,))
     for dtype, d in (("float32", 128), ("bfloat16", 80)):
@@ -215,14 +247,30 @@ def _others():
         some = Input((768, 768), dtype), Input((3001,), dtype)
         yield _variant(f"AdamW in {dtype}, gradients clipped", some * 2, _adamw)
 
+    some = Input((768, 768), "float16"), Input((3001,), "float16")
+    inputs = *some, *some, Input((), "float32")
+    yield _variant("AdamW in float16, with a loss scale, captured", inputs, _captured_adamw)
+
+
+def _dropout(x, word):
+    options = {"p": 0.1, "seed": word, "seed_offset": 3}
+    return our_forward("elementwise.seeded_dropout", options)(x)
+
 
 def _adamw(*arrays):
     optimizer = kernel("optim.AdamW")(list(arrays[:2]))
     return lambda: optimizer.step(list(arrays[2:]), 1e-3, 1, max_norm=1.0)
 
 
+def _captured_adamw(*arrays):
+    *arrays, lr = arrays
+    optimizer, scale = kernel("optim.AdamW")(arrays[:2]), kernel("optim.LossScale")(lr)
+    return lambda: optimizer.step(arrays[2:], lr, max_norm=1.0, loss_scale=scale)
+
+
 _GROUPS = {
     "attention": _attention,
+    "self_attention": _self_attention,
     "decode": _decode,
     "linear": _linear,
     "products": _products,

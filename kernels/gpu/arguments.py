@@ -192,5 +192,22 @@ def number(value, name, fits, expected):
     return float(value)
 
 
+def seed_parts(seed, offset):
+    """(word, number), whose sum modulo 2⁶³ is what is drawn with: see elementwise.seed_of.
+
+    seed     an integer from 0 on, or an int64 array on the device with one element: then it is
+             the word, which kernels read when they run; otherwise there is none
+    offset   an integer from 0 on
+    """
+    offset = integer(offset, "seed_offset", 0)
+    if isinstance(seed, np.generic) or not hasattr(seed, "shape"):
+        expected = "an integer from 0 to 2⁶³ - 1, or an int64 array with one element"
+        return None, (integer(seed, "seed", 0, expected=expected) + offset) % 2**63
+    word = array(seed, "seed", ("int64",))
+    if word.size != 1:
+        raise ValueError(f"seed has shape {word.shape}; expected one element")
+    return word, offset
+
+
 def _power(n):
     return {2**63 - 1: "2⁶³ - 1", 2**31 - 1: "2³¹ - 1"}.get(n, n)

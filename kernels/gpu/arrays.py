@@ -8,10 +8,11 @@ other libraries. PyTorch is never imported: whoever passes a tensor has done tha
 import copy
 import math
 import sys
+import threading
 
 import numpy as np
 
-from . import driver
+from . import driver, simulated
 
 
 class DType(str):
@@ -142,10 +143,40 @@ class NumPyHome:
         return x
 
 
+class SimulatedHome(NumPyHome):
+    """Memory of the host that stands for a GPU's: see simulated.py."""
+
+    module = "simulated"
+
+    def empty(self, shape, dtype, like=None):
+        return simulated.xp.empty(shape, _numpy_dtype(dtype))
+
+    def empty_pinned(self, shape, dtype):
+        return simulated.empty_pinned(shape, _numpy_dtype(dtype))
+
+    def event(self):
+        return None  # its copies are done at once
+
+    def fill_zero(self, x):
+        x.fill(0)
+
+    def upload(self, x, like):
+        pinned = simulated.empty_pinned(x.shape, x.dtype)
+        pinned[...] = x
+        return simulated.xp.asarray(pinned)
+
+    def numpy(self, x):
+        return x.get()
+
+
 class CuPyHome:
     """CuPy's memory pool, on its current stream."""
 
     module = "cupy"
+
+    def __init__(self):
+        self._copies = []  # (event, pinned memory) of those that may still be under way
+        self._lock = threading.Lock()
 
     def device(self, x):
         return x.device.id
@@ -156,14 +187,44 @@ class CuPyHome:
     def writable(self, x):
         return True
 
-    def empty(self, shape, dtype, like):
+    def empty(self, shape, dtype, like=None):
         return sys.modules["cupy"].empty(shape, _numpy_dtype(dtype))
+
+    def empty_pinned(self, shape, dtype):
+        """A NumPy array in page-locked memory: the device copies from there and to there by itself,
+        while the host goes on.
+        """
+        dtype = _numpy_dtype(dtype)
+        memory = sys.modules["cupy"].cuda.alloc_pinned_memory(math.prod(shape) * dtype.itemsize)
+        return np.ndarray(shape, dtype, buffer=memory)
+
+    def event(self):
+        """Happens when what is on the current stream so far is done."""
+        event = sys.modules["cupy"].cuda.Event(disable_timing=True)
+        event.record()
+        return event
 
     def fill_zero(self, x):
         x.fill(0)
 
     def upload(self, x, like):
-        return sys.modules["cupy"].asarray(x)
+        pinned = self.empty_pinned(x.shape, x.dtype)
+        pinned[...] = x
+        there = sys.modules["cupy"].empty(x.shape, x.dtype)
+        there.set(pinned)
+        self._keep(pinned)
+        return there
+
+    def _keep(self, pinned):
+        """Until it is copied; in a graph, which copies it each time, as long as there is the graph.
+        CuPy would give the memory to the next who asks.
+        """
+        if (graph := driver.recording()) is not None:
+            graph.pinned.append(pinned)
+            return
+        with self._lock:
+            self._copies = [copy for copy in self._copies if not copy[0].done]
+            self._copies.append((self.event(), pinned))
 
     def numpy(self, x):
         return x.get()
@@ -248,7 +309,7 @@ class Abstract:
         return Abstract(shape, self.dtype, tuple(strides))
 
 
-_HOMES = {home.module: home() for home in (NumPyHome, CuPyHome, TorchHome)}
+_HOMES = {home.module: home() for home in (NumPyHome, SimulatedHome, CuPyHome, TorchHome)}
 _ABSTRACT = AbstractHome()
 
 
@@ -259,12 +320,19 @@ def _in_elements(x):
     return tuple(stride // x.itemsize for stride in x.strides)
 
 
-def _numpy_dtype(name):
-    if name == "bfloat16":
+def home():
+    """Whose arrays are used where the caller brings none. RuntimeError if no kernel can run."""
+    if (why := driver.unavailable()) is not None:
+        raise RuntimeError(f"no arrays can be made on a GPU: {why}")
+    return _HOMES["simulated" if driver.INTERPRETED else "cupy"]
+
+
+def _numpy_dtype(dtype):
+    if isinstance(dtype, str) and dtype == "bfloat16":
         import ml_dtypes
 
-        return ml_dtypes.bfloat16
-    return str(name)
+        dtype = ml_dtypes.bfloat16
+    return np.dtype(dtype)
 
 
 def array(x, name, dtypes=FLOATS, ndim=None):
@@ -304,6 +372,8 @@ def _at_home(x, name):
                 f"{name} is a NumPy array: the GPU's kernels take CuPy arrays or PyTorch tensors; "
                 "NumPy arrays are for TRITON_INTERPRET=1"
             )
+        if isinstance(x, simulated.DeviceArray):
+            return x, _HOMES["simulated"]
         if isinstance(x, np.ma.MaskedArray):
             raise TypeError(f"{name} is a masked array; expected a plain one: use {name}.filled(0)")
         return x if type(x) is np.ndarray else x.view(np.ndarray), _HOMES["numpy"]

@@ -40,13 +40,16 @@ from .arguments import (
     number,
     one_of,
     same,
+    seed_parts,
     shaped,
     writable,
 )
 from .arrays import IDS, Array, array, cdiv, next_power_of_2
 from .driver import launch
+from .elementwise import seed_of
 
 KERNELS = ("attention",)
+FUSED = ("self_attention",)
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 WIDEST = 256  # d and e: more does not fit into registers
 L2 = 16 << 20  # bytes that programs at work at the same time should share
@@ -167,10 +170,10 @@ def _kept(i, j, head, seed, threshold, BT: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
-def _attention_keep(keep, T, n, seed, threshold, BT: tl.constexpr, BN: tl.constexpr):
+def _attention_keep(keep, T, n, word, seed, threshold, BT: tl.constexpr, BN: tl.constexpr):
     """A program: a tile of the mask of one head, as 0 and 1."""
     i, j, head = tl.program_id(1) * BT, tl.program_id(2) * BN, tl.program_id(0)
-    kept = _kept(i, j, head, seed, threshold, BT, BN)
+    kept = _kept(i, j, head, seed_of(word, seed), threshold, BT, BN)
     rows, columns = i + tl.arange(0, BT)[:, None], j + tl.arange(0, BN)[None, :]
     there = keep + (tl.cast(head, tl.int64) * T + rows) * n + columns
     tl.store(there, kept.to(tl.int8), mask=(rows < T) & (columns < n))
@@ -182,13 +185,15 @@ def _attention_keep(keep, T, n, seed, threshold, BT: tl.constexpr, BN: tl.conste
 @triton.jit(do_not_specialize=_VARYING)
 def _attention_forward(
     q, at_q, k, at_k, v, at_v, segments, at_s, y, at_y, L,
-    H, R, T, n, heads, together, lower, upper, scale, keep_scale, seed, threshold,
+    H, R, T, n, heads, together, lower, upper, scale, keep_scale, word, seed, threshold,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A program: BT queries of one head."""
     SEGMENTS: tl.constexpr = segments is not None
+    if DROPOUT:
+        seed = seed_of(word, seed)
     c = scale * 1.4426950408889634  # log₂e
     tiles = tl.cdiv(T, BT)
     tile, head = _place(tiles, heads, together)
@@ -254,7 +259,7 @@ def _attention_delta(
 @triton.jit(do_not_specialize=_VARYING)
 def _attention_vjp_keys(
     g, at_g, q, at_q, k, at_k, v, at_v, segments, at_s, L, delta, k_bar, at_k_bar, v_bar, at_v_bar,
-    H, R, T, n, heads, together, lower, upper, scale, keep_scale, seed, threshold,
+    H, R, T, n, heads, together, lower, upper, scale, keep_scale, word, seed, threshold,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr,
@@ -263,6 +268,8 @@ def _attention_vjp_keys(
     them. Tiles are of Sᵀ and Pᵀ, so that what was computed is a left factor without a transpose.
     """
     SEGMENTS: tl.constexpr = segments is not None
+    if DROPOUT:
+        seed = seed_of(word, seed)
     c = scale * 1.4426950408889634  # log₂e
     tile, head = _place(tl.cdiv(n, BN), heads, together)
     j, b, h_k = tile * BN, head // (H // R), head % (H // R)
@@ -316,13 +323,15 @@ def _attention_vjp_keys(
 @triton.jit(do_not_specialize=_VARYING)
 def _attention_vjp_queries(
     g, at_g, q, at_q, k, at_k, v, at_v, segments, at_s, L, delta, q_bar, at_q_bar,
-    H, R, T, n, heads, together, lower, upper, scale, keep_scale, seed, threshold,
+    H, R, T, n, heads, together, lower, upper, scale, keep_scale, word, seed, threshold,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """q̄ = scale S̄ k. A program: BT queries of one head."""
     SEGMENTS: tl.constexpr = segments is not None
+    if DROPOUT:
+        seed = seed_of(word, seed)
     c = scale * 1.4426950408889634  # log₂e
     tiles = tl.cdiv(T, BT)
     tile, head = _place(tiles, heads, together)
@@ -485,6 +494,7 @@ class _Call:
     scale: float
     window: int | None
     dropout: float
+    word: Array | None
     seed: int
     precision: str
 
@@ -508,6 +518,21 @@ class _Call:
         at_s = None if self.segments is None else (0, *self.segments.strides)[-2:]
         return *_with_strides(self.q, self.k, self.v), self.segments, at_s
 
+    def forward(self, y):
+        """Writes y, and returns L."""
+        L = y.empty(y.shape[:-1], "float32")
+        self.launch(_attention_forward, "BT", *self.operands, *_with_strides(y), L)
+        return L
+
+    def vjp(self, g, y, L, bars, wanted=(True, True, True)):
+        """Writes the gradients of q, k and v."""
+        (q_bar, *bars), delta = bars, _delta(self, g, y)
+        given = *_with_strides(g), *self.operands, L, delta
+        if wanted[0]:
+            self.launch(_attention_vjp_queries, "BT", *given, *_with_strides(q_bar))
+        if wanted[1] or wanted[2]:
+            self.launch(_attention_vjp_keys, "BN", *given, *_with_strides(*bars))
+
     def launch(self, kernel, along, *arguments):
         """A program for each tile of each head: along "BT" of queries, along "BN" of keys."""
         B, H, H_k, T, n, d, e = self.sizes
@@ -519,7 +544,8 @@ class _Call:
             heads, length, shared = B * H_k, n, T * shared * R
         together = min(max(L2 // shared, 1), heads)
         numbers = H, R, T, n, heads, together, *self.band, self.scale
-        randomness = 1 / (1 - self.dropout), self.seed, _threshold(self.dropout)
+        word = self.word if self.dropout else None
+        randomness = 1 / (1 - self.dropout), word, self.seed, _threshold(self.dropout)
         precision = _precision(self.precision, q, max(d, e))
         flags = dict(
             D=d, E=e, BD=_padded(d), BE=_padded(e), CAUSAL=self.causal, PRECISION=precision,
@@ -561,8 +587,8 @@ def _padded(width):
 
 
 def _checked(
-    q, k, v, M, B, D, *, causal=False, scale=None, window=None, segments=None, dropout=0.0, seed=0,
-    precision="ieee",
+    q, k, v, M=True, B=0.0, D=1.0, *, causal=False, scale=None, window=None, segments=None,
+    dropout=0.0, seed=0, seed_offset=0, precision="ieee",
 ):  # fmt: skip
     """The call, if it can be done. TypeError or ValueError if not."""
     _refuse_masks(M, B, D)
@@ -583,9 +609,9 @@ def _checked(
         raise ValueError(
             f"window is {window} and causal is False; expected a window with causal=True"
         )
-    dropout, seed = _dropout(dropout, seed)
     one_of(precision, "precision", PRECISIONS)
-    return _Call(q, k, v, segments, causal, scale, window, dropout, seed, precision)
+    dropout = _probability(dropout), *seed_parts(seed, seed_offset)
+    return _Call(q, k, v, segments, causal, scale, window, *dropout, precision)
 
 
 def _window(window):
@@ -602,10 +628,8 @@ def _scale(scale, q):
     return number(scale, "scale", lambda scale: 0 < scale < math.inf, expected)
 
 
-def _dropout(dropout, seed):
-    expected = "a probability in [0, 1)"
-    dropout = number(dropout, "dropout", lambda p: 0 <= p < 1, expected)
-    return dropout, integer(seed, "seed", 0)
+def _probability(dropout):
+    return number(dropout, "dropout", lambda p: 0 <= p < 1, "a probability in [0, 1)")
 
 
 def _refuse_masks(M, B, D):
@@ -662,7 +686,8 @@ class attention:
     segments    integers (B, T), n = T: a query sees keys of its own segment only. Documents one
                 after the other cost no more than each by itself
     dropout     p: entries of P are dropped with that probability, the others divided by 1 - p
-    seed        which ones: 0 to 2⁶³ - 1
+    seed        which ones: 0 to 2⁶³ - 1, or an int64 array on the device with one element
+    seed_offset   is added to it, as in seeded_dropout
     precision   of float32: "ieee", or on tensor cores "tf32" (10 bits) or "tf32x3" (nearly all);
                 the latter is computed as "ieee" for heads wider than 128
 
@@ -673,9 +698,7 @@ class attention:
     def forward(q, k, v, M=True, B=0.0, D=1.0, **attributes):
         call = _checked(q, k, v, M, B, D, **attributes)
         y = _side_by_side(call.q, call.v.shape[-1])
-        L = y.empty(y.shape[:-1], "float32")
-        call.launch(_attention_forward, "BT", *call.operands, *_with_strides(y), L)
-        return y.data, (L.data,)
+        return y.data, (call.forward(y).data,)
 
     @staticmethod
     def vjp(
@@ -691,29 +714,24 @@ class attention:
         shaped(y, "y", g.shape)
         (L,) = kept(saved, L=(g.shape[:-1], "float32"))
         inner_contiguous(g=g, y=y)
-        q_bar, k_bar, v_bar = _targets(out, wanted, call, g, y)
-        delta = _delta(call, g, y)
-        given = *_with_strides(g), *call.operands, L, delta
-        if wanted[0]:
-            call.launch(_attention_vjp_queries, "BT", *given, *_with_strides(q_bar))
-        if wanted[1] or wanted[2]:
-            call.launch(_attention_vjp_keys, "BN", *given, *_with_strides(k_bar, v_bar))
-        bars = [x.data if need else None for x, need in zip((q_bar, k_bar, v_bar), wanted)]
+        bars = _targets(out, wanted, call, g, y)
+        call.vjp(g, y, L, bars, wanted)
+        bars = [x.data if need else None for x, need in zip(bars, wanted)]
         return (*bars, None, None, None)[: len(needs)]
 
     @staticmethod
-    def keep(q, k, *, dropout, seed):
+    def keep(q, k, *, dropout, seed, seed_offset=0):
         """What dropout keeps of P (B, H, T, n): 1, or 0 with probability p, int8. D is that divided
         by 1 - p.
         """
         q, k = array(q, "q"), array(k, "k")
         not_empty(q=q, k=k)
         _check_shapes(q, k, k)
-        dropout, seed = _dropout(dropout, seed)
+        threshold, (word, seed) = _threshold(_probability(dropout)), seed_parts(seed, seed_offset)
         T, n, heads, BT, BN = q.shape[-2], k.shape[-2], math.prod(q.shape[:-2]), 32, 128
         keep = q.empty((*q.shape[:-1], n), "int8")
         grid = (heads, cdiv(T, BT), cdiv(n, BN))
-        launch(_attention_keep, grid, keep, T, n, seed, _threshold(dropout), BT=BT, BN=BN)
+        launch(_attention_keep, grid, keep, T, n, word, seed, threshold, BT=BT, BN=BN)
         return keep.data
 
 
@@ -746,3 +764,77 @@ def _delta(call, g, y):
         E=e, BE=_padded(e), BT=BT, num_warps=4,
     )  # fmt: skip
     return delta
+
+
+# --- for a layer that makes queries, keys and values at once --------------------------------------
+
+
+class self_attention:
+    """attention of the queries, keys and values that lie side by side in qkv, causal by default.
+
+    qkv (B, T, (H + 2 H_k) D) -> y (B, T, H D); B may be missing. A row of qkv is what one linear
+    layer makes of a token: H heads of queries, then H_k of keys, then H_k of values, D wide each; a
+    row of y is what the next one takes, its H heads. Nothing is copied: the kernels read views of
+    qkv and write y, which is C-contiguous, and q̄, k̄ and v̄ into the one array that is returned.
+    The last axis of qkv and g has to be contiguous. Saved: L, as in attention.
+
+    heads, kv_heads    H and H_k, of which H is a multiple; H_k = H by default
+    causal, scale, window, segments, dropout, seed, seed_offset, precision    as in attention
+    """
+
+    @staticmethod
+    def forward(qkv, *, heads, kv_heads=None, causal=True, **attributes):
+        qkv, parts = _parts(qkv, heads, kv_heads)
+        call = _checked(*parts, causal=causal, **attributes)
+        y, (H, _, D) = qkv.empty(_joined(call)), call.q.shape[-3:]
+        return y.data, (call.forward(_heads(y, H, D)).data,)
+
+    @staticmethod
+    def vjp(g, y, qkv, *, heads, kv_heads=None, causal=True, saved, needs, **attributes):
+        if needed(needs, 1) == (False,):
+            return (None,)
+        qkv, parts = _parts(qkv, heads, kv_heads)
+        call = _checked(*parts, causal=causal, **attributes)
+        g, y, (H, _, D) = array(g, "g"), array(y, "y"), call.q.shape[-3:]
+        same("dtype", qkv=qkv, g=g, y=y)
+        for name, x in (("g", g), ("y", y)):
+            shaped(x, name, _joined(call))
+            inner_contiguous(**{name: x})
+        (L,) = kept(saved, L=(call.q.shape[:-1], "float32"))
+        qkv_bar = qkv.empty(qkv.shape)
+        _, bars = _parts(qkv_bar, heads, kv_heads)
+        call.vjp(_heads(g, H, D), _heads(y, H, D), L, bars)
+        return (qkv_bar.data,)
+
+
+def _parts(qkv, heads, kv_heads):
+    """qkv as an Array, and its queries, keys and values (..., H or H_k, T, D): views."""
+    H = integer(heads, "heads", 1)
+    H_k = H if kv_heads is None else integer(kv_heads, "kv_heads", 1)
+    if H % H_k:
+        raise ValueError(f"{H} heads of queries cannot share {H_k} of keys; expected a multiple")
+    qkv = array(qkv, "qkv")
+    not_empty(qkv=qkv)
+    inner_contiguous(qkv=qkv)
+    if qkv.ndim not in (2, 3) or qkv.shape[-1] % (H + 2 * H_k):
+        raise ValueError(
+            f"qkv has shape {qkv.shape}; expected (B, T, n D) or (T, n D) with n = {H + 2 * H_k}: "
+            f"{H} heads of queries, {H_k} of keys and {H_k} of values"
+        )
+    D = qkv.shape[-1] // (H + 2 * H_k)
+    return qkv, (
+        _heads(qkv, H, D), _heads(qkv, H_k, D, H * D), _heads(qkv, H_k, D, (H + H_k) * D)
+    )  # fmt: skip
+
+
+def _heads(x, H, D, start=0):
+    """The columns of x (..., T, m) from `start` on as heads (..., H, T, D): a view."""
+    *batch, T, _ = x.shape
+    *steps, step, _ = x.strides
+    return x.view((*batch, H, T, D), (*steps, D, step, 1), start)
+
+
+def _joined(call):
+    """The shape of y with its heads side by side."""
+    *batch, H, T, D = call.q.shape
+    return (*batch, T, H * D)

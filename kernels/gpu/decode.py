@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from . import driver, tuning
-from .arguments import inner_contiguous, not_empty, one_of, same, shaped
+from .arguments import inner_contiguous, not_empty, one_of, same, shaped, writable
 from .arrays import IDS, array, cdiv, next_power_of_2
 from .attention import (
     PRECISIONS,
@@ -33,7 +33,7 @@ from .attention import (
 from .driver import launch
 
 KERNELS = ()
-FUSED = ("decode",)
+FUSED = ("decode", "append")
 MOST_QUERIES = 16
 _MOST_SPLITS = 128
 _VARYING = ["splits", "window"]  # not to compile for
@@ -193,3 +193,72 @@ class decode:
         key = q.dtype, d, e, B * H_k, R * T, next_power_of_2(n), flags["WINDOW"], precision
         run(tuning.configuration("decode", key, default, lambda: list(_candidates(default)), run))
         return y.data, ()
+
+
+# --- new keys and values --------------------------------------------------------------------------
+
+
+@triton.jit
+def _append(
+    k, at_k, v, at_v, keys, at_keys, values, at_values, lengths, H, T, n,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """A program: BT new positions of one head."""
+    tiles = tl.cdiv(T, BT)
+    p, i = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BT
+    b, h = p // H, p % H
+    start = tl.load(lengths + b).to(tl.int64) + i
+    k, keys = _head(k, at_k, b, h), _head(keys, at_keys, b, h)
+    v, values = _head(v, at_v, b, h), _head(values, at_values, b, h)
+    _copy(k, at_k[2], i, T, keys, at_keys[2], start, n, D, BD, BT)
+    _copy(v, at_v[2], i, T, values, at_values[2], start, n, E, BE, BT)
+
+
+@triton.jit
+def _copy(
+    x, at_x, i, T, y, at_y, j, n, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr
+):  # fmt: skip
+    """y[j : j + BT] = x[i : i + BT], of the rows that exist: T of x, n of y."""
+    x_i = _load(x, at_x, i, T, BT, D, BD, True)
+    r, c = tl.arange(0, BT)[:, None], tl.arange(0, BD)[None, :]
+    exists = (i + r < T) & (j + r >= 0) & (j + r < n) & (c < D)
+    tl.store(y + (j + r) * at_y + c, x_i, mask=exists)
+
+
+class append:
+    """keys[b, :, lengths[b] + t] = k[b, :, t] and values likewise: new tokens enter the cache.
+
+    k (B, H_k, T, d), v (B, H_k, T, e), keys (B, H_k, n, d), values (B, H_k, n, e), lengths (B,)
+    integers: how much of each sequence's cache is filled -> (keys, values)
+
+    It WRITES TO `keys` and `values`: that is what it is for. Only the last axes have to be
+    contiguous: k and v may be views of one (B, T, 3, H, d). `lengths` stays as it is. Positions
+    outside of 0..n-1 are not written, and cannot be reported without waiting for the device; decode
+    with lengths + T makes such a sequence NaN. No gradient.
+    """
+
+    @staticmethod
+    def forward(k, v, keys, values, lengths):
+        found = k, v, keys, values = [
+            array(x, name, ndim=4)
+            for name, x in {"k": k, "v": v, "keys": keys, "values": values}.items()
+        ]
+        lengths = array(lengths, "lengths", IDS)
+        given = {"k": k, "v": v, "lengths": lengths}
+        same("dtype", k=k, v=v, keys=keys, values=values)
+        not_empty(**given, keys=keys, values=values)
+        (B, H, T, d), e, n = k.shape, v.shape[3], keys.shape[2]
+        shaped(v, "v", (B, H, T, e))
+        shaped(keys, "keys", (B, H, n, d))
+        shaped(values, "values", (B, H, n, e))
+        shaped(lengths, "lengths", (B,))
+        inner_contiguous(**given, keys=keys, values=values)
+        writable(keys, "keys", **given)
+        writable(values, "values", **given, keys=keys)
+        BD, BE = next_power_of_2(d), next_power_of_2(e)
+        BT = max(min(next_power_of_2(T), 4096 // max(BD, BE)), 1)
+        launch(
+            _append, (B * H * cdiv(T, BT),), *_with_strides(*found), lengths, H, T, n,
+            D=d, E=e, BD=BD, BE=BE, BT=BT, num_warps=4 if BT > 1 else 1,
+        )  # fmt: skip
+        return (keys.data, values.data), ()

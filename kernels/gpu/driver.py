@@ -45,6 +45,7 @@ class _State(threading.local):
     chip = None  # what to compile for inside compiling()
     compiled = None  # what has been compiled there
     home = None  # whose arrays the kernel is about to get
+    recording = None  # the graph that what is launched becomes a part of
 
 
 _state = _State()
@@ -67,6 +68,9 @@ def launch(kernel, grid, *arguments, **options):
     """
     if INTERPRETED:
         follow(arguments)
+        if _state.recording is not None and _state.home == "simulated":
+            _state.recording.launch(kernel, grid, arguments, options)
+            return
         with np.errstate(all="ignore"):  # NumPy warns of what a GPU does without a word
             kernel[grid](*arguments, **options)
     elif _state.chip is not None:
@@ -145,6 +149,23 @@ def _libraries_of(arguments):
             yield x.home.module
         elif isinstance(x, TensorDescriptor):
             yield x.base.home.module
+
+
+def recording():
+    """The graph that is being recorded in this thread: see graph.py; None if none is."""
+    return _state.recording
+
+
+@contextlib.contextmanager
+def recording_into(graph):
+    """Inside, this graph is being recorded. RuntimeError if another one is."""
+    if _state.recording is not None:
+        raise RuntimeError("a graph is being recorded already: record one after the other")
+    _state.recording = graph
+    try:
+        yield
+    finally:
+        _state.recording = None
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ a[:, :n] of a wider matrix; this is as fast if the rows have a thousand elements
 import triton
 import triton.language as tl
 
-from .arguments import integer, needed, not_empty, number, rows, same
+from .arguments import needed, not_empty, number, rows, same, seed_parts
 from .arrays import array, cdiv, next_power_of_2
 from .driver import launch
 from .tuning import configuration
@@ -240,9 +240,18 @@ class silu_multiply:
 # --- dropout --------------------------------------------------------------------------------------
 
 
+@triton.jit
+def seed_of(word, seed):
+    """What is drawn with: the number, or its sum with a word on the device, modulo 2⁶³."""
+    if word is not None:
+        seed = (tl.load(word) + seed) & 0x7FFFFFFFFFFFFFFF
+    return seed
+
+
 @triton.jit(do_not_specialize=["seed"])
-def _dropout(x, y, n, p, scale, seed, BLOCK: tl.constexpr):
+def _dropout(x, y, n, p, scale, word, seed, BLOCK: tl.constexpr):
     """One Philox counter gives the numbers of four elements."""
+    seed = seed_of(word, seed)
     block = tl.program_id(0).to(tl.int64)
     u_0, u_1, u_2, u_3 = tl.rand4x(seed, block * (BLOCK // 4) + tl.arange(0, BLOCK // 4))
     u = tl.interleave(tl.interleave(u_0, u_2), tl.interleave(u_1, u_3))
@@ -261,29 +270,36 @@ class seeded_dropout:
     chip: it is not 0 where u ≥ p, and u in [0, 1) is made, as by tl.rand, of word k mod 4 of
     Philox4x32-10 (Salmon et al., 2011) with counter k div 4 and the seed as its key. vjp draws it
     anew, so nothing is saved. x and g are C-contiguous.
+
+    seed          0 to 2⁶³ - 1, or an int64 array on the device with one element, which is read when
+                  the kernel runs: a CUDA graph that is replayed draws anew if the word has changed
+    seed_offset   is added to it, modulo 2⁶³: places in a network that share a word have each their
+                  own
     """
 
     @staticmethod
-    def forward(x, *, p, seed):
-        return _dropped(x, "x", p, seed), ()
+    def forward(x, *, p, seed, seed_offset=0):
+        return _dropped(x, "x", p, seed, seed_offset), ()
 
     @staticmethod
-    def vjp(g, y, x, *, p, seed, saved, needs):
-        return (None,) if needed(needs, 1) == (False,) else (_dropped(g, "g", p, seed),)
+    def vjp(g, y, x, *, p, seed, seed_offset=0, saved, needs):
+        if needed(needs, 1) == (False,):
+            return (None,)
+        return (_dropped(g, "g", p, seed, seed_offset),)
 
 
-def _dropped(x, name, p, seed):
+def _dropped(x, name, p, seed, seed_offset):
     x = array(x, name)
     count, n, _ = _as_rows(**{name: x})
     if count > 1:
         raise ValueError(f"{name} has rows that lie apart: make it contiguous first")
     p = number(p, "p", lambda p: 0 <= p < 1, "a probability in [0, 1)")
-    seed = integer(seed, "seed", 0)
+    word, seed = seed_parts(seed, seed_offset)
     y = x.empty(x.shape)
 
     def run(config):
         grid = (cdiv(n, config["BLOCK"]),)
-        launch(_dropout, grid, x, y, n, p, 1 / (1 - p), seed, **config)
+        launch(_dropout, grid, x, y, n, p, 1 / (1 - p), word, seed, **config)
 
     run(configuration("dropout", (x.dtype,), _blocks(x.dtype)[0], lambda: _blocks(x.dtype), run))
     return y.data

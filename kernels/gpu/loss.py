@@ -73,10 +73,10 @@ def _write_gradient(x, x_bar, mask, j, t_i, K_i, L_i, scale):
 @triton.jit
 def _cross_entropy_forward(
     x, t, losses, L, N, stride, n, v, ignore_index,
-    IN_PLACE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    IN_PLACE: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The loss of each row and its L_i; IN_PLACE x becomes x̄ = (P - H) / N instead of L (if N
-    is None, P - H).
+    is None, UNIT (P - H)).
     """
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     t_i, K_i, inside_i = _rows(t, i, n, v, ignore_index)
@@ -95,7 +95,7 @@ def _cross_entropy_forward(
     tl.store(losses + i, tl.where(K_i, L_i - x_t, 0.0), mask=i < n)
 
     if IN_PLACE:  # from the last tile to the first: what was read last is still nearby
-        scale = 1.0 if N is None else 1.0 / tl.load(N)
+        scale = UNIT if N is None else 1.0 / tl.load(N)
         there = (i < n)[:, None]
         if whole < v:
             x_j, mask = x_i + whole + j, there & (whole + j < v)
@@ -165,11 +165,11 @@ def _multiply_in_place(x, g, stride, n, v, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _multiplied(x, y, g, N, size, BLOCK: tl.constexpr):
-    """y = (g / N) x, in y's dtype."""
+def _multiplied(x, y, g, N, size, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """y = g / (N UNIT) x, in y's dtype."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x_i = tl.load(x + i, mask=i < size, other=0.0).to(tl.float32)
-    y_i = x_i * (tl.load(g) / tl.load(N))
+    y_i = x_i * (tl.load(g) / (tl.load(N) * UNIT))
     tl.store(y + i, y_i.to(y.dtype.element_ty), mask=i < size)
 
 
@@ -205,7 +205,7 @@ class cross_entropy:
             grid = (cdiv(n, c["ROWS"]),)
             launch(
                 _cross_entropy_forward, grid, x, t, losses, L, N, rows(x, "x")[1], n, v,
-                ignore_index, IN_PLACE=in_place, **c,
+                ignore_index, IN_PLACE=in_place, UNIT=1.0, **c,
             )  # fmt: skip
 
         run(_tiles("cross_entropy_forward", x, in_place, lambda c: run(c, x.empty(x.shape))))
@@ -250,11 +250,13 @@ class linear_cross_entropy:
         h̄ = X̄ w        w̄ = Σ_chunks X̄ᵀ h, in float32
 
     so vjp has only to multiply by g / N. Wijmans et al., "Cut Your Losses", 2025, go further.
+    Where X is float16, X̄ is 2¹⁵ (P - H), which cannot overflow and keeps what is above 2⁻³⁹ of
+    P; its sums are float32, and vjp divides by 2¹⁵. So a large g, a loss scale, loses nothing more.
 
     chunk       rows of logits at a time; None for about 1 GiB of them, but never under 2048 rows:
                 shorter matrix products leave most of the GPU idle
     gradients   False for the loss alone, in a third of the time; vjp is then a ValueError
-    saved       (N h̄, N w̄ in float32, N)
+    saved       (N h̄, N w̄ in float32, N); of float16 both are float32 and times 2¹⁵
     """
 
     @staticmethod
@@ -264,7 +266,8 @@ class linear_cross_entropy:
         step = min(n, _chunk(n, v, h.dtype.itemsize) if chunk is None else chunk)
         N, losses = _rows_that_count(t, ignore_index), h.empty((n,), "float32")
         L = losses if gradients else h.empty((n,), "float32")
-        h_bar = h.empty((n, c)) if gradients else None
+        unit, h_dtype = _in_chunks(h.dtype)
+        h_bar = h.empty((n, c), h_dtype) if gradients else None
         w_bar = h.empty((v, c), "float32") if gradients else None
         width = _width(v)
         buffer, w_T = h.empty((step, width)), w.swapaxes(0, 1)
@@ -276,7 +279,7 @@ class linear_cross_entropy:
             launch(
                 _cross_entropy_forward, (cdiv(X.shape[0], c_rows["ROWS"]),),
                 X, t[part], losses[part], L[part], None, width, X.shape[0], v, ignore_index,
-                IN_PLACE=gradients, **c_rows,
+                IN_PLACE=gradients, UNIT=unit, **c_rows,
             )  # fmt: skip
             if gradients:
                 matmul.forward(X, w, out=h_bar[part])
@@ -290,12 +293,13 @@ class linear_cross_entropy:
         without = isinstance(saved, tuple | list) and len(saved) == 3 and saved[0] is None
         if not gradients or without:
             raise ValueError("forward was called with gradients=False; there is none to give")
+        unit, h_dtype = _in_chunks(h.dtype)
         h_bar, w_bar, N = kept(
-            saved, h=(h.shape, h.dtype), w=(w.shape, "float32"), N=((), "float32")
+            saved, h=(h.shape, h_dtype), w=(w.shape, "float32"), N=((), "float32")
         )
         g, wanted = _factor(g, h), needed(needs, 3)
         found = [
-            _times(x, g, N, h.dtype).data if need else None
+            _times(x, g, N, unit, h.dtype).data if need else None
             for x, need in zip((h_bar, w_bar), wanted)
         ]
         return (*found, None)[: len(needs)]
@@ -396,9 +400,16 @@ def _scale_rows(x, g, stride):
     launch(_multiply_in_place, grid, x, g, stride, *x.shape, BLOCK=_block(x.shape[1]), num_warps=8)
 
 
-def _times(x, g, N, dtype):
-    """(g / N) x, in that dtype."""
+def _in_chunks(dtype):
+    """(what P - H is multiplied by, the dtype of N h̄): for float16 all of its range is used, up to
+    32768, and what small rows add up to stays float32 until g is known.
+    """
+    return (2.0**15, "float32") if dtype == "float16" else (1.0, dtype)
+
+
+def _times(x, g, N, unit, dtype):
+    """g / (N unit) x, in that dtype."""
     y, block = x.empty(x.shape, dtype), 2048
     grid = (cdiv(x.size, block),)
-    launch(_multiplied, grid, x, y, g, N, x.size, BLOCK=block, num_warps=4)
+    launch(_multiplied, grid, x, y, g, N, x.size, UNIT=unit, BLOCK=block, num_warps=4)
     return y

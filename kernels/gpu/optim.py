@@ -9,9 +9,10 @@ piece. Which array it belongs to, and where that lies, it reads from a table on 
     sizes, decays  of each array: its elements, its weight decay
 
 The lines are those of optim.py, and nothing of a step waits for the device: the learning rate, the
-number of the step and the factor of clipping are read from its memory. A step whose gradients lie
-where they lay the last time uploads nothing if `lr` and `step` are on the device, so it can be part
-of a CUDA graph.
+number of the step, the factor of clipping, the loss scale and whether there is an update at all are
+in its memory. A step whose gradients lie where they lay the last time uploads nothing if `lr` is on
+the device and `step` is, or is left to the optimizer: so it can be part of a CUDA graph, which goes
+on reading the tables that were in use when it was captured.
 """
 
 import math
@@ -24,11 +25,11 @@ import triton
 import triton.language as tl
 
 from . import driver, tuning
-from .arguments import contiguous, not_empty, number, same, writable
-from .arrays import FLOATS, array, cdiv, next_power_of_2
+from .arguments import contiguous, flag, integer, not_empty, number, same, writable
+from .arrays import DTYPES, FLOATS, array, cdiv, next_power_of_2
 from .driver import launch
 
-_STEPS = ("int32", "int64", "float32")
+_STEPS = ("int64", "int32", "float32")
 
 # --- kernels --------------------------------------------------------------------------------------
 
@@ -84,18 +85,30 @@ def _norm(partials, norm, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def _scalars(
-    lr, step, norm, scalars, max_norm,
-    LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, EPS: tl.constexpr,
+    lr, step, steps, norm, loss_scale, scalars, max_norm,
+    LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, EPS: tl.constexpr, GUARDED: tl.constexpr,
 ):  # fmt: skip
-    """What is the same for all elements: lr, the factor of the gradients, and with
-    c = √(1 - β₂ᵗ) the factors c ε and lr c / (1 - β₁ᵗ).
+    """What is the same for all elements: lr, the factor of the gradients, with c = √(1 - β₂ᵗ) the
+    factors c ε and lr c / (1 - β₁ᵗ), and 1 if there is an update, 0 if not. With a loss scale,
+    norm becomes that of the gradients without it. If there is an update, steps becomes its number.
     """
-    lr, t = tl.load(lr).to(tl.float64), tl.load(step).to(tl.float64)
+    lr = tl.load(lr).to(tl.float64)
+    number = tl.load(steps) + 1 if step is None else tl.load(step).to(tl.int64)
+    t = number.to(tl.float64)
     factor = 1.0
+    moves = 1.0
     if norm is not None:
         length = tl.load(norm)
+        if loss_scale is not None:
+            factor = 1.0 / tl.load(loss_scale)
+            length *= factor
+            tl.store(norm, length)
         scale = max_norm / (length + 1e-6)
-        factor = tl.where((scale < 1.0) & (length < float("inf")), scale, 1.0)
+        factor *= tl.where((scale < 1.0) & (length < float("inf")), scale, 1.0)
+        if GUARDED:
+            moves = tl.where(length < float("inf"), 1.0, 0.0)
+    tl.store(scalars + 4, moves)
+    tl.store(steps, number, mask=moves != 0.0)
     c = tl.sqrt(1.0 - tl.exp(LOG_BETA2 * t))
     tl.store(scalars, lr.to(tl.float32))
     tl.store(scalars + 1, factor)
@@ -112,7 +125,7 @@ def _adamw(
     """One step of the parameters of one dtype."""
     whose, start, size = _piece(pieces, sizes, BLOCK)
     address = tl.load(gradients + whose)
-    if address != 0:
+    if (address != 0) & (tl.load(scalars + 4) != 0.0):
         i = start + tl.arange(0, BLOCK)
         g = _at(address, G, ALIGNED) + i
         p = _at(tl.load(parameters + whose), P, ALIGNED) + i
@@ -144,6 +157,17 @@ def _update(
     tl.store(master, p_i, mask=mask)
     if MASTERS:
         tl.store(p, p_i.to(p.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rescale(norm, scale, good, skipped, growth, backoff, interval):
+    """The next loss scale, of what the last one led to: see LossScale."""
+    moved, count, old = tl.load(norm) < float("inf"), tl.load(good) + 1, tl.load(scale)
+    due = count >= interval
+    new = tl.where(moved, tl.where(due, old * growth, old), old * backoff)
+    tl.store(scale, tl.where(new < float("inf"), new, old))
+    tl.store(good, tl.where(moved & (count < interval), count, 0))
+    tl.store(skipped, tl.load(skipped) + tl.where(moved, 0, 1))
 
 
 @triton.jit
@@ -222,6 +246,41 @@ def global_norm(gradients):
     return _norm_of(groups, partials, found[0].empty((), "float32")).data
 
 
+class LossScale:
+    """What the loss is multiplied by, so that gradients of float16 do not underflow; AdamW.step
+    divides them by it and finds the next one, by the rule of PyTorch's GradScaler: after a norm
+    that is not finite it is multiplied by `backoff`, and after `interval` others in a row by
+    `growth`, unless that would be infinite.
+
+    like    an array on the device where the state shall lie: `scale`, float32 (); `good`, int32 (),
+            the steps since its last change; `skipped`, int64 (), the steps that were no update.
+            All three may be written to between steps
+    init    the first scale, from 2⁻¹²⁶ to 2¹²⁷; growth > 1; 0 < backoff < 1; interval from 1 on
+    """
+
+    def __init__(self, like, *, init=2.0**16, growth=2.0, backoff=0.5, interval=2000):
+        like = array(like, "like", tuple(DTYPES))
+        fits = lambda x: 2.0**-126 <= x <= 2.0**127  # noqa: E731
+        init = number(init, "init", fits, "a number from 2⁻¹²⁶ to 2¹²⁷")
+        fits = lambda x: 1 < x < math.inf  # noqa: E731
+        self._rule = (
+            number(growth, "growth", fits, "a number above 1"),
+            number(backoff, "backoff", lambda x: 0 < x < 1, "a number between 0 and 1"),
+            integer(interval, "interval", 1, 2**31 - 1),
+        )
+        self._scale = like.upload(np.full((), init, np.float32))
+        self._good = like.upload(np.zeros((), np.int32))
+        self._skipped = like.upload(np.zeros((), np.int64))
+
+    scale = property(lambda self: self._scale.data)
+    good = property(lambda self: self._good.data)
+    skipped = property(lambda self: self._skipped.data)
+
+    def _update(self, norm):
+        state = self._scale, self._good, self._skipped
+        launch(_rescale, (1,), norm, *state, *self._rule, num_warps=1)
+
+
 class AdamW:
     """p ← (1 - lr weight_decay) p - lr m̂ / (√v̂ + ε), for all parameters: see optim.AdamW.
 
@@ -233,7 +292,7 @@ class AdamW:
     be written to between steps: `exp_avg`, `exp_avg_sq`, and `masters`: parameters of 16 bits lose
     small steps when they are rounded, so they have a copy in float32, which is what moves. That of
     a float32 parameter is the parameter itself. Whoever writes to a parameter of 16 bits writes to
-    its master too.
+    its master too. And `steps`, int64 (), is the number of the last update, 0 before the first.
     """
 
     def __init__(self, parameters, *, weight_decay=0.01, betas=(0.9, 0.999), eps=1e-8):
@@ -253,40 +312,59 @@ class AdamW:
         self._groups = [_Group(self, some, decays) for some in _by_dtype(found)]
         pieces = sum(group.pieces.count for group in self._groups)
         self._partials, self._norm, self._scalars = (
-            found[0].empty(shape, "float32") for shape in ((pieces,), (), (4,))
+            found[0].empty(shape, "float32") for shape in ((pieces,), (), (5,))
         )
+        self._steps = found[0].zeros((), "int64")
 
     exp_avg = property(lambda self: [a.data for a in self._means])
     exp_avg_sq = property(lambda self: [a.data for a in self._squares])
     masters = property(lambda self: [a.data for a in self._masters])
+    steps = property(lambda self: self._steps.data)
 
-    def step(self, gradients, lr, step, max_norm=None):
-        """Moves the parameters; returns the norm of all gradients, on the device, if asked for it.
+    def step(
+        self, gradients, lr, step=None, max_norm=None, *, loss_scale=None, guarded=False
+    ):  # fmt: skip
+        """Moves the parameters; returns the norm of all gradients, on the device: with max_norm,
+        loss_scale or guarded, else None. The next step overwrites it.
 
         gradients   one for each parameter, of its shape, contiguous; those of a dtype's parameters
                     all have that dtype, or all float32. None leaves a parameter alone
         lr, step    numbers, or arrays on the device with one element (lr float32); step counts
-                    from 1, for all parameters together
+                    from 1, for all parameters together. None: it is steps + 1
         max_norm    if the norm of all gradients together is more, they are scaled down to it, on
                     the way, not in their arrays. A norm that is NaN or infinite scales nothing, as
-                    in optim.clip_grad_norm_, and the caller decides; None asks for no norm
+                    in optim.clip_grad_norm_, and the caller decides; None clips nothing
+        loss_scale  a LossScale: the gradients are those of the loss times its scale. They are
+                    divided by it on the way, the norm is that of the true ones, and it is brought
+                    up to date. It implies guarded
+        guarded     True: if the norm is NaN or infinite, nothing moves, and steps stays
         """
         if max_norm is not None:
             number(max_norm, "max_norm", lambda norm: norm > 0, "a number above 0, or None")
-        found = self._checked(gradients)
-        lr, step = self._number(lr, "lr", ("float32",), 0), self._number(step, "step", _STEPS, 1)
+        if not (loss_scale is None or isinstance(loss_scale, LossScale)):
+            raise TypeError(f"loss_scale is {loss_scale!r}; expected a LossScale or None")
+        scale = None if loss_scale is None else loss_scale._scale
+        guarded, found = flag(guarded, "guarded") or scale is not None, self._checked(gradients)
+        driver.follow([*self._parameters, scale])
+        lr = self._number(lr, "lr", ("float32",), 0)
+        step = None if step is None else self._number(step, "step", _STEPS, 1)
+        norm = None
         for group in self._groups:
             group.take([found[i] for i in group.members])
-        if max_norm is not None:
-            _norm_of([group.gradients for group in self._groups], self._partials, self._norm)
+        if guarded or max_norm is not None:
+            groups = [group.gradients for group in self._groups]
+            norm = _norm_of(groups, self._partials, self._norm)
         beta1, beta2 = (math.log(beta) if beta else -math.inf for beta in self.betas)
         launch(
-            _scalars, (1,), lr, step, None if max_norm is None else self._norm, self._scalars,
-            float(max_norm or 0), LOG_BETA1=beta1, LOG_BETA2=beta2, EPS=self.eps, num_warps=1,
+            _scalars, (1,), lr, step, self._steps, norm, scale, self._scalars,
+            math.inf if max_norm is None else float(max_norm),
+            LOG_BETA1=beta1, LOG_BETA2=beta2, EPS=self.eps, GUARDED=guarded, num_warps=1,
         )  # fmt: skip
         for group in self._groups:
             group.step(self._scalars, self.betas)
-        return None if max_norm is None else self._norm.data
+        if scale is not None:
+            loss_scale._update(norm)
+        return norm and norm.data
 
     def _checked(self, gradients):
         gradients = list(_listed(gradients, "gradients").values())
@@ -309,9 +387,9 @@ class AdamW:
     def _number(self, x, name, dtypes, least):
         """x on the device: lr from 0 on, or a step, an integer from 1 on."""
         if isinstance(x, numbers.Number):
-            fits = lambda x: least <= x < math.inf and (least == 0 or x == int(x))  # noqa: E731
+            fits = lambda x: least <= x < 2.0**63 and (least == 0 or x == int(x))  # noqa: E731
             x = number(x, name, fits, "0 or more" if least == 0 else "an integer from 1 on")
-            return self._norm.upload(np.array([x], np.float32))
+            return self._norm.upload(np.array([x], dtypes[0]))
         x = array(x, name, dtypes)
         if x.size != 1:
             raise ValueError(f"{name} has shape {x.shape}; expected one element")

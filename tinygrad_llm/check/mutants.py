@@ -678,7 +678,7 @@ _IN_THE_ENGINE = {
         ),
         ("a gradient keeps the dtype of the output", "else g.astype(x.dtype)", "else g"),
     ),
-    "tensor._own": (("a borrowed array is not copied", "np.array(gradient)", "gradient"),),
+    "tensor._own": (("a borrowed array is not copied", "gradient.copy()", "gradient"),),
     "tensor._walk": (
         (
             "the second contribution replaces the first",
@@ -703,8 +703,8 @@ _IN_THE_ENGINE = {
     "tensor._seed": (
         (
             "every gradient starts as ones",
-            "raw.astype(root.dtype, copy=False)",
-            "np.ones_like(raw)",
+            "array.astype(root.dtype, copy=False)",
+            "np.ones_like(array)",
         ),
     ),
     "tensor._vjp": (

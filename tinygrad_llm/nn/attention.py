@@ -9,8 +9,9 @@ from itertools import pairwise
 import numpy as np
 
 from .. import functional as F  # noqa: N812 (PyTorch's name for it)
-from ..random import Generator
-from ..tensor import Tensor
+from ..device import of
+from ..random import Generator, or_default
+from ..tensor import Tensor, fused
 from .cache import LayerCache
 from .init import no_init
 from .layers import (
@@ -24,7 +25,7 @@ from .layers import (
     reset_linear,
 )
 from .module import Module
-from .position import RotaryEmbedding
+from .position import RotaryEmbedding, segment_mask
 
 
 class MultiHeadAttention(Module):
@@ -89,20 +90,48 @@ class MultiHeadAttention(Module):
         self.out_proj.reset_parameters(generator)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | np.ndarray | None = None,
+        cache: LayerCache | None = None,
+        segments: np.ndarray | None = None,
     ) -> Tensor:
         """x (..., T, d_in) -> (..., T, d_out); in a GPT, ... is B.
 
-        mask    booleans that broadcast to (..., H, T, S): which keys may be seen, besides causal;
-                or floats that are added to the scores, such as a RelativePositionBias
-        cache   keys and values of the tokens before these, x being (B, T, d_in); those of these
-                are added. The S keys are all of them; without a cache, S = T
+        mask        booleans that broadcast to (..., H, T, S): which keys may be seen, besides
+                    causal; or floats that are added to the scores, such as a RelativePositionBias
+        cache       keys and values of the tokens before these, x being (B, T, d_in); those of these
+                    are added. The S keys are all of them; without a cache, S = T
+        segments    (B, T) integers, an array where x is: a token sees its own segment only; instead
+                    of a mask
         """
-        T = check_tokens("MultiHeadAttention", x, self.context_length)
-        start = 0 if cache is None else cache.length
+        check_tokens("MultiHeadAttention", x, self.context_length)
         if cache is not None and not self.causal:
             raise ValueError("MultiHeadAttention: a cache needs causal=True")
         qkv = self.qkv(x)  # (B, T, C + 2 C / R) for R heads of queries that share one of keys
+        if mask is None and cache is None and self.rope is None:
+            dropout = self.dropout if self.training else 0.0
+            y = fused(
+                "self_attention",
+                lambda qkv: self._attend(qkv, None, None, segments),
+                qkv,
+                drawn=or_default(self.generator).kernel_seed if dropout else None,
+                heads=self.n_heads,
+                kv_heads=self.n_kv_heads,
+                causal=self.causal,
+                window=self.window if self.window < x.shape[-2] else None,
+                segments=segments,
+                dropout=dropout,
+            )
+        else:
+            y = self._attend(qkv, mask, cache, segments)
+        return self.out_proj(y)  # (B, T, C)
+
+    def _attend(self, qkv, mask, cache, segments):
+        """What each token collects: (B, T, C + 2 C / R) -> (B, T, C), the heads side by side."""
+        T, start = qkv.shape[-2], 0 if cache is None else cache.length
+        if segments is not None:
+            mask = segment_mask(of(segments).numpy(segments))  # (B, 1, T, T)
         q, k, v = (self._heads(qkv[..., part]) for part in self._parts())  # (B, H, T, D)
         if self.rope is not None:
             q, k = self.rope(q, start), self.rope(k, start)
@@ -121,9 +150,8 @@ class MultiHeadAttention(Module):
             is_causal=self.causal and T > 1,  # a single query, the last, sees every key
             generator=self.generator,
         )  # (B, H, T, D)
-        y = y.reshape(*x.shape[:-2], self.n_heads, T, self.head_dim)
-        y = y.transpose(-3, -2).flatten(-2)  # (B, T, C): the heads side by side
-        return self.out_proj(y)  # (B, T, C)
+        y = y.reshape(*qkv.shape[:-2], self.n_heads, T, self.head_dim)
+        return y.transpose(-3, -2).flatten(-2)  # (B, T, C)
 
     def _parts(self):
         """Which channels of qkv are queries, keys and values."""
@@ -148,7 +176,7 @@ class MultiHeadAttention(Module):
         """`mask`, less the keys that are too far back."""
         if self.window >= S:
             return mask
-        near = Tensor(np.triu(np.ones((T, S), bool), k=S - T + 1 - self.window))
+        near = np.triu(np.ones((T, S), bool), k=S - T + 1 - self.window)
         if mask is None:
             return near
         return F.where(near, mask, False if mask.dtype == np.bool else -math.inf)
@@ -198,6 +226,12 @@ class FeedForward(Module):
         self.down = Linear(hidden_dim, emb_dim, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not type(self.up) is type(self.down) is Linear or self.gelu.approximate != "tanh":
+            return self._forward(x)  # other layers have been put in
+        weights = self.up.weight, self.up.bias, self.down.weight, self.down.bias
+        return fused("mlp", lambda x, *_: self._forward(x), x, *weights, activation="gelu_tanh")
+
+    def _forward(self, x):
         h = self.gelu(self.up(x))  # (B, T, 4C)
         return self.down(h)  # (B, T, C)
 
@@ -235,8 +269,12 @@ class TransformerBlock(Module):
         self.drop = Dropout(dropout, generator)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | np.ndarray | None = None,
+        cache: LayerCache | None = None,
+        segments: np.ndarray | None = None,
     ) -> Tensor:
-        """x (B, T, C) -> (B, T, C); mask and cache as in MultiHeadAttention."""
-        x = x + self.drop(self.att(self.norm1(x), mask, cache))  # (B, T, C)
+        """x (B, T, C) -> (B, T, C); the others as in MultiHeadAttention."""
+        x = x + self.drop(self.att(self.norm1(x), mask, cache, segments))  # (B, T, C)
         return x + self.drop(self.ff(self.norm2(x)))  # (B, T, C)

@@ -3,6 +3,8 @@
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from ..device import device as device_named
+from ..device import of
 from ..tensor import Tensor, is_grad_enabled
 from .layers import check_sizes
 
@@ -20,11 +22,13 @@ class LayerCache:
         context_length: int,
         head_dim: int,
         dtype: DTypeLike = np.float32,
+        device: str = "cpu",
     ):
         sizes = {"n_heads": n_heads, "context_length": context_length, "head_dim": head_dim}
         check_sizes("KVCache", batch=batch, **sizes)
         shape = batch, n_heads, context_length, head_dim
-        self.keys, self.values = np.empty(shape, dtype), np.empty(shape, dtype)
+        empty = device_named(device).xp.empty
+        self.keys, self.values = empty(shape, dtype), empty(shape, dtype)
         self.length = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,9 +56,9 @@ class LayerCache:
         """Row b becomes what row rows[b] was; there may be more or fewer rows than before."""
         for name in ("keys", "values"):
             old = getattr(self, name)
-            filled = old[rows, :, : self.length]  # a copy
+            filled = old[of(old).put(rows), :, : self.length]  # a copy
             if len(rows) != len(old):
-                setattr(self, name, np.empty((len(rows), *old.shape[1:]), old.dtype))
+                setattr(self, name, of(old).xp.empty((len(rows), *old.shape[1:]), old.dtype))
             getattr(self, name)[:, :, : self.length] = filled
 
 
@@ -79,11 +83,11 @@ class KVCache:
         head_dim: int,
         dtype: DTypeLike = np.float32,
         padding: ArrayLike | None = None,
+        device: str = "cpu",
     ):
         check_sizes("KVCache", n_layers=n_layers)
-        self.layers = [
-            LayerCache(batch, n_heads, context_length, head_dim, dtype) for _ in range(n_layers)
-        ]
+        sizes = batch, n_heads, context_length, head_dim
+        self.layers = [LayerCache(*sizes, dtype, device) for _ in range(n_layers)]
         self.length = 0
         self.padding = None if padding is None else np.asarray(padding)
         if self.padding is not None and self.padding.shape != (batch,):
@@ -113,7 +117,7 @@ class KVCache:
         places = np.arange(self.length, self.length + T)
         return places if self.padding is None else np.maximum(places - self.padding[:, None], 0)
 
-    def mask(self, T: int) -> Tensor | None:
+    def mask(self, T: int) -> np.ndarray | None:
         """Which keys may be seen once T more tokens are in it: (B, 1, 1, S) booleans, None for all.
 
         The padding itself sees nothing.
@@ -121,7 +125,7 @@ class KVCache:
         if self.padding is None:
             return None
         seen = np.arange(self.length + T) >= self.padding[:, None]  # (B, S)
-        return Tensor(seen[:, None, None])
+        return seen[:, None, None]
 
 
 def overflow(what: str, length: int, context_length: int) -> str:

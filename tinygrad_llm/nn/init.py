@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 
 from .. import random
+from ..device import of
 from ..tensor import Tensor
 
 
@@ -40,7 +41,7 @@ def uniform_(
     generator = random.or_default(generator)
     if not _skipping.on:
         part = parameter.data[rows]
-        part[...] = generator.uniform(low, high, part.shape)
+        part[...] = of(part).put(generator.uniform(low, high, part.shape))
 
 
 def normal_(
@@ -49,7 +50,8 @@ def normal_(
     """Normal numbers."""
     generator = random.or_default(generator)
     if not _skipping.on:
-        parameter.data[...] = generator.normal(mean, std, parameter.shape)
+        numbers = generator.normal(mean, std, parameter.shape)
+        parameter.data[...] = of(parameter.data).put(numbers)
 
 
 def constant_(parameter: Tensor, value: float) -> None:

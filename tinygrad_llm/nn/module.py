@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from numpy.typing import DTypeLike
 
-from ..backend import check_device
+from .. import precision
+from ..device import device, is_device, of
 from ..tensor import Tensor
 
 
@@ -140,29 +141,47 @@ class Module:
         """Casts floating-point parameters, gradients and buffers to a dtype, or moves to a device.
 
         In place: the Parameter objects stay the same, so tied ones stay tied and an optimizer keeps
-        them. Cast before the optimizer's first step: its own arrays do not follow. Returns self.
-        Raises ValueError for a device that is not there, TypeError for what is no floating dtype.
+        them. Do it before the optimizer's first step: its own arrays do not follow. Returns self.
+        Raises ValueError for a device that cannot be used, TypeError for what is no floating dtype,
+        MemoryError if there is no room.
         """
-        if isinstance(target, str) and target.partition(":")[0] in ("cpu", "cuda"):
-            check_device(target)
-            return self
-        dtype = np.dtype(target)
+        if is_device(target):
+            where = device(target)
+            return self._changed(where.put)
+        dtype = precision.dtype(target)
         if dtype.kind not in "fcV":
             raise TypeError(f"parameters are floating-point numbers, they cannot become {dtype}")
+        return self._changed(lambda x: x.astype(dtype, copy=False) if x.dtype.kind in "fcV" else x)
+
+    def _changed(self, change):
+        """With change(array) in the place of every array that is saved, and of its gradient."""
         for _, tensor in self._saved():
             for t in (tensor, tensor.grad):
-                if t is not None and t.data.dtype.kind in "fcV":
-                    t.data = t.data.astype(dtype, copy=False)
+                if t is not None:
+                    t.data = change(t.data)
         return self
+
+    @property
+    def device(self) -> str:
+        """Where the parameters live: "cpu", "cuda:0", ... Raises ValueError if that is on several
+        devices; a module without any is on the CPU.
+        """
+        where = {tensor.device for _, tensor in self._saved()} or {"cpu"}
+        if len(where) > 1:
+            raise ValueError(
+                f"{type(self).__name__} has parameters on {' and '.join(sorted(where))}"
+            )
+        return where.pop()
 
     # --- saving and loading ---
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Dotted name -> array, parameters before buffers, shared ones once.
 
-        The arrays are the model's own, not copies: save them or copy them before training goes on.
+        They are the model's own arrays, not copies: save them or copy them before training goes on.
+        Those of a GPU are copied into NumPy's memory.
         """
-        return {name: tensor.data for name, tensor in self._saved()}
+        return {name: of(tensor.data).numpy(tensor.data) for name, tensor in self._saved()}
 
     def load_state_dict(self, state: dict, strict: bool = True) -> None:
         """Copies arrays (or Tensors) into the parameters and buffers, in place, in their dtype.
@@ -185,7 +204,8 @@ class Module:
         if problems:
             raise ValueError(f"load_state_dict: {'; '.join(problems)}")
         for name, array in given.items():
-            places[name].data[...] = array
+            data = places[name].data
+            data[...] = of(data).put(array)
 
     def _saved(self):
         return [*self.named_parameters(), *self.named_buffers()]
@@ -262,7 +282,7 @@ def _once(named):
 
 
 def _data(value):
-    return value.data if isinstance(value, Tensor) else value
+    return value.detach().numpy() if isinstance(value, Tensor) else of(value).numpy(value)
 
 
 def _few(names, most=6):

@@ -119,6 +119,7 @@ class RotaryEmbedding:
                 f"RotaryEmbedding: positions {start} to {end - 1} exceed context_length "
                 f"{self.context_length}"
             )
+        self.cos, self.sin = self.cos.to(x.device), self.sin.to(x.device)  # once
         return F.rope(x, self.cos[start:end], self.sin[start:end], self.interleaved)
 
 

@@ -1,0 +1,204 @@
+"""One update of the weights: forward, backward, clipping, AdamW. On the CPU one after the other; on
+a GPU recorded once, as a CUDA graph, and launched as a whole from then on.
+
+What changes from step to step lies in arrays on the device, which are filled before a launch: token
+ids, the learning rate, the seed of dropout. What the host wants to know, the loss and the length of
+the gradient, is copied back while it does something else.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import backend, random
+from .device import device
+from .gpt import GPT
+from .optim import AdamW, LossScale, clip_grad_norm_
+from .parallel import IGNORED, Shards
+from .precision import is_narrow
+from .tensor import Tensor, leaf_gradients
+
+
+def make_step(model: GPT, optimizer: AdamW, **settings) -> "HostStep | DeviceStep":
+    """The step for where the model is. settings: what HostStep takes."""
+    kind = HostStep if model.device == "cpu" else DeviceStep
+    return kind(model, optimizer, **settings)
+
+
+class _Step:
+    """What both kinds have.
+
+    accumulate      pieces of the batch that take turns, and whose gradients are added up
+    max_norm        greatest length of the gradient
+    loss_scale      for weights of float16, else None
+    generator       draws the dropout masks
+    shards          the CPU's threads
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        optimizer: AdamW,
+        *,
+        accumulate: int,
+        max_norm: float,
+        generator: random.Generator,
+        shards: Shards,
+    ):
+        self.model, self.optimizer = model, optimizer
+        self.accumulate, self.max_norm = accumulate, max_norm
+        self.generator, self.shards = generator, shards
+        float16 = any(p.dtype == np.float16 for p in model.parameters())
+        self.loss_scale = LossScale() if float16 else None
+
+    def state_dict(self) -> dict:
+        """What a restart needs beside the model and the optimizer."""
+        return {"loss_scale": self.loss_scale and self.loss_scale.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continues where state_dict() was called."""
+        if self.loss_scale is not None and state["loss_scale"] is not None:
+            self.loss_scale.load_state_dict(state["loss_scale"])
+
+
+class HostStep(_Step):
+    """On the CPU, its rows shared out among threads."""
+
+    def start(self, ids: NDArray, targets: NDArray, lr: float) -> None:
+        """Does it all, unless the loss or the gradient is not finite: then no weight is changed.
+
+        ids, targets    (accumulate * B, T) integers
+        """
+        parameters = list(self.model.parameters())
+        scale = self.loss_scale.scale if self.loss_scale else 1.0
+        # Also the length of the gradient has other last bits with another number of BLAS threads.
+        with np.errstate(all="ignore"), self.shards.limited():
+            loss = self.shards.backward(self.model, ids, targets, self.accumulate, scale)
+            norm = clip_grad_norm_(parameters, self.max_norm)
+            finite = math.isfinite(norm) and math.isfinite(loss)
+            if self.loss_scale.update(finite) if self.loss_scale else finite:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = lr
+                self.optimizer.step()
+        self._found, self.scale = (loss, norm), scale
+
+    def finish(self) -> tuple[float, float]:
+        """(the loss before the update, the length of the gradient before it was clipped)."""
+        return self._found
+
+
+class DeviceStep(_Step):
+    """On a GPU. `why_no_graph` says why its steps are launched kernel by kernel; or is None."""
+
+    def __init__(self, model, optimizer, **settings):
+        super().__init__(model, optimizer, **settings)
+        self.where = device(model.device)
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._drops = any(map(model.cfg.dropout, ("emb", "attn", "shortcut")))
+        self._graphs = backend.kernel_module(self.where, "graph")
+        self._graph = self._staging = None
+        self.why_no_graph = None
+        self._scale = None  # that of the loss, on the device
+        if self.loss_scale is not None:
+            kernels = backend.kernel_module(self.where, "optim")
+            interval = self.loss_scale.interval
+            self._scale = kernels.LossScale(self._parameters[0].data, interval=interval)
+            self._set_scale(self.loss_scale.state_dict())
+
+    def start(self, ids: NDArray, targets: NDArray, lr: float) -> None:
+        """Launches the step, and does not wait for it. As in HostStep, no weight is changed if the
+        loss or the gradient is not finite. ids and targets are as there.
+        """
+        counted = np.sum(targets.reshape(self.accumulate, -1) != IGNORED, axis=1)
+        shape = self.accumulate, -1, ids.shape[1]
+        inputs = {
+            "ids": np.ascontiguousarray(ids.reshape(shape), np.int64),
+            "targets": np.ascontiguousarray(targets.reshape(shape), np.int64),
+            "weights": (counted / max(counted.sum(), 1)).astype(np.float32),
+            "lr": lr,
+            "word": int(self.generator.integers(0, 2**62, ())) if self._drops else 0,
+        }
+        if self._staging is None or self._staging.arrays["ids"].shape != inputs["ids"].shape:
+            self._record(inputs)
+        self._staging.fill(**inputs)
+        if self._graph is None:
+            results = self._compute()
+        else:
+            self._graph.replay()
+            results = self._graph.result
+        self._readback.start(results)
+
+    def finish(self) -> tuple[float, float]:
+        """As in HostStep; waits until the step is done."""
+        loss, norm, self.scale = self._readback.wait().tolist()
+        return loss, norm
+
+    def _record(self, inputs):
+        """Makes the graph for inputs of these shapes, or says why there is none."""
+        shapes = {name: (np.shape(x), _dtype(x)) for name, x in inputs.items()}
+        self._staging = self._graphs.Staging(shapes)
+        self._readback = self._graphs.Readback()
+        self.optimizer.device_kernel()  # whose arrays outlive the graph
+        # Recording runs the step a few times before. A gradient that is no number changes nothing.
+        nothing = np.full(self.accumulate, np.nan, np.float32)
+        self._staging.fill(**{**inputs, "weights": nothing})
+        before = self._get_scale()
+        self._graph, self.why_no_graph = None, None
+        try:
+            self._graph = self._graphs.Graph(self._compute)
+        except self._graphs.GraphError as error:
+            self.why_no_graph = str(error)
+        self._set_scale(before)
+
+    def _compute(self):
+        """The step, of what is in the staging's arrays: [loss, length of the gradient, scale]."""
+        a, totals, loss = self._staging.arrays, {}, 0.0
+        with random.kernel_seeds_from(a["word"]):
+            for i in range(self.accumulate):
+                one = self.model.loss(Tensor(a["ids"][i]), Tensor(a["targets"][i]))
+                weight = a["weights"][i]
+                scaled = weight if self._scale is None else weight * self._scale.scale
+                _add(totals, leaf_gradients(one, Tensor(scaled)), self.accumulate > 1)
+                loss = loss + one.data * weight
+        gradients = [totals.get(id(p)) for p in self._parameters]
+        norm = self.optimizer.step_on_device(
+            gradients, a["lr"], self.max_norm, self._scale, guarded=True
+        )
+        scale = norm if self._scale is None else self._scale.scale
+        return self.where.xp.stack([loss, norm, scale])
+
+    def state_dict(self) -> dict:
+        if self._scale is not None:
+            self.loss_scale.load_state_dict(self._get_scale())
+        return super().state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        if self._scale is not None:
+            self._set_scale(self.loss_scale.state_dict())
+
+    def _get_scale(self):
+        return {name: getattr(self._scale, name).item() for name in _SCALE if self._scale}
+
+    def _set_scale(self, state):
+        for name, value in state.items():
+            getattr(self._scale, name)[...] = value
+
+
+_SCALE = ("scale", "good", "skipped")  # the state of a LossScale, on the host and on the device
+
+
+def _dtype(x):
+    """What a staged input is on the device."""
+    return x.dtype if isinstance(x, np.ndarray) else np.int64 if type(x) is int else np.float32
+
+
+def _add(totals, found, more):
+    """Adds gradients up, by parameter; in float32 if there will be more of them."""
+    for i, gradient in found.items():
+        g = gradient.data.astype(np.float32) if more and is_narrow(gradient.data) else gradient.data
+        if i in totals:
+            totals[i] += g
+        else:
+            totals[i] = g
