@@ -167,7 +167,9 @@ def test_a_module_on_two_devices_has_none():
 
 # --- fused kernels --------------------------------------------------------------------------------
 
-WEIGHTS = [normal(*shape, seed=i) for i, shape in enumerate([(2, 3, 4), (8, 4), (8,), (4, 8), (4,)])]
+WEIGHTS = [
+    normal(*shape, seed=i) for i, shape in enumerate([(2, 3, 4), (8, 4), (8,), (4, 8), (4,)])
+]
 
 
 def mlp(x, up, b, down, c):

@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import gpu_harness as harness
@@ -32,7 +31,6 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tinygrad_llm import backend
 
 BFLOAT16 = ml_dtypes.bfloat16
 interpreter_only = pytest.mark.skipif(ON_GPU, reason="about Triton's interpreter")
@@ -624,32 +622,6 @@ def test_an_array_on_another_gpu_is_refused(gpu):
     gpu()
     with pytest.raises(ValueError, match="x is on GPU 1, but the current one is 3"):
         kernels.softmax.forward(torch.zeros(2, 3).as_subclass(Elsewhere))
-
-
-def test_without_a_gpu_everything_falls_back_to_numpy_and_says_so_once():
-    program = """
-import warnings
-from tinygrad_llm import Tensor, backend
-with warnings.catch_warnings(record=True) as said:
-    warnings.simplefilter("always")
-    assert backend.gpu_kernels() == {} == backend.gpu_kernels()
-print(len(said), said[0].message)
-"""
-    missing = "import sys\nsys.modules['cupy'] = None\n"
-    words = " ".join(process(missing + program))
-    assert words == "1 no GPU kernels: CuPy is not installed; computing with NumPy"
-    missing = "import importlib.util as u\nreal = u.find_spec\n"
-    missing += "u.find_spec = lambda name, *a: None if name == 'triton' else real(name, *a)\n"
-    words = " ".join(process(missing + program))
-    assert words.startswith("1 no GPU kernels: the GPU kernels need Triton: pip install")
-
-
-@interpreter_only
-def test_the_kernels_of_ops_are_found_by_the_ops_names():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = backend.gpu_kernels()
-    assert found["softmax"] is kernels.softmax
 
 
 # --- arrays ---------------------------------------------------------------------------------------
