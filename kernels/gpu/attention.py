@@ -686,8 +686,8 @@ class attention:
     segments    integers (B, T), n = T: a query sees keys of its own segment only. Documents one
                 after the other cost no more than each by itself
     dropout     p: entries of P are dropped with that probability, the others divided by 1 - p
-    seed        which ones: 0 to 2⁶³ - 1, or an int64 array on the device with one element
-    seed_offset   is added to it, as in seeded_dropout
+    seed        which ones: 0 to 2⁶³ - 1, or an int64 array on the device with one element, to which
+                seed_offset is added: as in seeded_dropout
     precision   of float32: "ieee", or on tensor cores "tf32" (10 bits) or "tf32x3" (nearly all);
                 the latter is computed as "ieee" for heads wider than 128
 
