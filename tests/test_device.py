@@ -1,5 +1,5 @@
-"""Tensors and modules on a device: what an op does there is what it does on the CPU, gradients cross
-from one to the other, and what does not fit is one clear line. Without a GPU the device is
+"""Tensors and modules on a device: what an op does there is what it does on the CPU, gradients
+cross from one to the other, and what does not fit is one clear line. Without a GPU the device is
 "interpret": NumPy in the place of CuPy, and the kernels in Triton's interpreter.
 """
 
@@ -52,8 +52,9 @@ def everywhere(op, arrays, attributes, dtype, where, g_dtype):
     ]
     y = apply(op, *leaves, **attributes)
     assert of(y.data) is device(where)
-    xs = [x for x, name in zip(leaves, op.arrays * len(leaves) if op.variadic else op.arrays)
-          if isinstance(x, Tensor) and op.domains.get(name) not in ("bool", "constant", "target")]  # fmt: skip
+    names = op.arrays * len(leaves) if op.variadic else op.arrays
+    has_gradient = [op.domains.get(name) not in ("bool", "constant", "target") for name in names]
+    xs = [x for x, has in zip(leaves, has_gradient) if has and isinstance(x, Tensor)]
     if not y.requires_grad:
         return [y.data]
     g = Tensor(cotangent(y.shape)).to(g_dtype).to(y.dtype).to(where)
@@ -70,7 +71,8 @@ def test_an_op_is_on_the_device_what_it_is_on_the_cpu(op, data):
     if attributes.get("dtype") == "float64":
         attributes = {"dtype": "float32"}
     # The truth is what float32 gives for the rounded numbers.
-    rounded = [a.astype(precision.dtype(dtype)).astype(np.float32) if is_float(a) else a for a in arrays]  # fmt: skip
+    narrow = precision.dtype(dtype)
+    rounded = [a.astype(narrow).astype(np.float32) if is_float(a) else a for a in arrays]
     expected = everywhere(op, rounded, attributes, "float32", "cpu", dtype)
     found = everywhere(op, rounded, attributes, dtype, DEVICE, dtype)
     for a, b in zip(found, expected, strict=True):
@@ -288,7 +290,7 @@ HERE_AND_THERE = [
 ]
 
 
-@pytest.mark.parametrize("call, message", HERE_AND_THERE, ids=[m.split()[0] for _, m in HERE_AND_THERE])  # fmt: skip
+@pytest.mark.parametrize("call, message", HERE_AND_THERE, ids=lambda x: str(x).split()[0])
 def test_tensors_on_two_devices(call, message):
     with pytest.raises(TypeError, match=rf"{message} {THERE.name}: move them to one device"):
         call(Tensor(normal(3, 3)), Tensor(normal(3, 3)).to(DEVICE))
@@ -296,7 +298,7 @@ def test_tensors_on_two_devices(call, message):
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:", "tpu", 3, None])
 def test_a_name_of_no_device(name):
-    with pytest.raises(ValueError, match="there is no device .*; expected cpu, cuda"):
+    with pytest.raises(ValueError, match=r"there is no device .*; expected cpu, cuda"):
         device(name)
 
 

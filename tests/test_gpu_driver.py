@@ -31,7 +31,6 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-
 BFLOAT16 = ml_dtypes.bfloat16
 interpreter_only = pytest.mark.skipif(ON_GPU, reason="about Triton's interpreter")
 
