@@ -8,10 +8,14 @@ __version__ = "0.1.0"
 __all__ = ["Tensor", "from_numpy", "grad", "is_grad_enabled", "no_grad", "tensor"]
 
 
-def tensor(data, dtype=None, requires_grad=False):
-    """A Tensor with a copy of `data`; integers become int64, Python floats float32."""
+def tensor(data, dtype=None, requires_grad=False, device=None):
+    """A Tensor with a copy of `data`; integers become int64, Python floats float32.
+
+    device      where it is to be: "cpu", "cuda", ...; None: where the data is
+    """
     copied = Tensor(data, dtype=dtype)
     copied.data = copied.data.copy()
+    copied = copied if device is None else copied.to(device)
     return copied.requires_grad_(requires_grad)
 
 

@@ -440,17 +440,15 @@ def fused(name, definition, *inputs, drawn=None, **attributes):
                 would draw from: it is called for the kernel only
     """
     tensors = [x for x in inputs if x is not None]
-    first = tensors[0].data
-    if type(first) is np.ndarray:
-        return definition(*inputs)  # NumPy has no such kernels
-    where, arrays = _together(name, tensors, [x.data for x in tensors])
+    if type(tensors[0].data) is _NUMPYS:
+        return definition(*inputs)  # there are no such kernels
+    where, _ = _together(name, tensors, ())
     kernel = backend.current.reading.on(where).fused.get(name)
     if kernel is None:
         return definition(*inputs)
-    arrays = [None if x is None else x.data for x in inputs]
     attributes |= drawn() if drawn else {}
     try:
-        y, saved = kernel.forward(*arrays, **attributes)
+        y, saved = kernel.forward(*(None if x is None else x.data for x in inputs), **attributes)
     except (TypeError, ValueError) as error:
         backend.refusals[name, str(error)] += 1
         return definition(*inputs)
