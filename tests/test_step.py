@@ -19,6 +19,7 @@ from tinygrad_llm.gpt import GPT, GPTConfig
 from tinygrad_llm.nn import recompute
 from tinygrad_llm.optim import SGD, AdamW, LossScale, clip_grad_norm_
 from tinygrad_llm.random import Generator
+from tinygrad_llm.step import DeviceStep, HostStep
 from tinygrad_llm.tensor import Tensor
 from tinygrad_llm.train import Trainer, TrainSettings
 
@@ -115,6 +116,17 @@ def test_a_graph_is_what_its_kernels_are_one_by_one(monkeypatch):
     eager = trained.__wrapped__()
     assert eager.update.why_no_graph.endswith("for the test")
     assert eager.losses == recorded.losses and same(weights(eager), weights(recorded))
+
+
+def test_without_kernels_the_ops_lines_do_it():
+    with backend.using(backend.MATHS):
+        plain = trained.__wrapped__(dtype="bfloat16")
+    assert type(plain.update) is HostStep
+    np.testing.assert_allclose(plain.losses, trained(where="cpu").losses, rtol=0.02)
+    with backend.using(backend.reading("off:attention,self_attention,linear")):
+        some = trained.__wrapped__(steps=2)
+    assert type(some.update) is DeviceStep
+    np.testing.assert_allclose(some.losses, trained(where="cpu").losses[:2], rtol=1e-5)
 
 
 def test_a_step_of_another_shape_is_recorded_anew():

@@ -22,8 +22,8 @@ from .tensor import Tensor, leaf_gradients
 
 def make_step(model: GPT, optimizer: AdamW, **settings) -> "HostStep | DeviceStep":
     """The step for where the model is. settings: what HostStep takes."""
-    kind = HostStep if model.device == "cpu" else DeviceStep
-    return kind(model, optimizer, **settings)
+    kernels = backend.kernel_module(device(model.device), "optim")
+    return (HostStep if kernels is None else DeviceStep)(model, optimizer, **settings)
 
 
 class _Step:
@@ -63,7 +63,7 @@ class _Step:
 
 
 class HostStep(_Step):
-    """On the CPU, its rows shared out among threads."""
+    """On the CPU, its rows shared out among threads; or on a GPU whose kernels are switched off."""
 
     def start(self, ids: NDArray, targets: NDArray, lr: float) -> None:
         """Does it all, unless the loss or the gradient is not finite: then no weight is changed.
@@ -97,8 +97,7 @@ class DeviceStep(_Step):
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._drops = any(map(model.cfg.dropout, ("emb", "attn", "shortcut")))
         self._graphs = backend.kernel_module(self.where, "graph")
-        self._graph = self._staging = None
-        self.why_no_graph = None
+        self._graph = self._staging = self.why_no_graph = None
         self._scale = None  # that of the loss, on the device
         if self.loss_scale is not None:
             kernels = backend.kernel_module(self.where, "optim")
@@ -116,7 +115,7 @@ class DeviceStep(_Step):
             "ids": np.ascontiguousarray(ids.reshape(shape), np.int64),
             "targets": np.ascontiguousarray(targets.reshape(shape), np.int64),
             "weights": (counted / max(counted.sum(), 1)).astype(np.float32),
-            "lr": lr,
+            "lr": float(lr),
             "word": int(self.generator.integers(0, 2**62, ())) if self._drops else 0,
         }
         if self._staging is None or self._staging.arrays["ids"].shape != inputs["ids"].shape:
