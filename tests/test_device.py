@@ -3,8 +3,14 @@ cross from one to the other, and what does not fit is one clear line. Without a 
 "interpret": NumPy in the place of CuPy, and the kernels in Triton's interpreter.
 """
 
+import ast
+import importlib.util
+import inspect
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +30,7 @@ from tinygrad_llm.tensor import apply, fused, grad
 
 pytestmark = pytest.mark.gpu
 THERE = device(DEVICE)
+CUPY = pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="needs CuPy")
 DTYPES = ["float32", "bfloat16", "float16"]
 # One rounding of the result, and of a float32 result what sums in another order differ by.
 CLOSE = {"float32": 2e-5, "bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -106,6 +113,37 @@ def test_16_and_32_bits_together_give_32():
     x = Tensor(normal(3, dtype="bfloat16"), requires_grad=True)
     (x * Tensor(normal(3))).sum().backward()
     assert x.grad.dtype == x.dtype
+
+
+# --- CuPy -----------------------------------------------------------------------------------------
+
+
+def calls_of_xp():
+    """(name, keywords) of what the ops' lines call, as their sources and their attributes say."""
+    for file in Path(inspect.getfile(type(TABLE["add"]))).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("xp."):
+                yield node.func.attr, {keyword.arg for keyword in node.keywords}
+    for op in TABLE.values():
+        if op.primitive:
+            yield op.name, set(op.attributes)
+
+
+@CUPY
+def test_cupy_has_the_functions_that_ops_call_with_their_keywords():
+    import cupy
+
+    ours, ufuncs = vars(backend.CPU.on(THERE).space), []
+    for name, keywords in calls_of_xp():
+        if name in ours or (name in TABLE and not TABLE[name].primitive):
+            continue
+        function = getattr(cupy, name)
+        if isinstance(function, cupy.ufunc):
+            ufuncs.append(name)
+            assert not keywords
+        elif keywords:
+            assert keywords <= set(inspect.signature(function).parameters), name
+    assert {"exp", "add"} <= set(ufuncs)
 
 
 # --- moving ---------------------------------------------------------------------------------------
@@ -311,16 +349,15 @@ def process(program, **environment):
 
 WITHOUT = [
     ("import sys; sys.modules['cupy'] = None", "CuPy is not installed: pip install"),
-    ("", "there is no NVIDIA GPU here|CUDA cannot be started|the NVIDIA driver is older"),
+    pytest.param(
+        "", "there is no NVIDIA GPU|CUDA cannot be started|the NVIDIA driver is older", marks=CUPY
+    ),
 ]
 
 
 @pytest.mark.skipif(ON_GPU, reason="there is a GPU")
 @pytest.mark.parametrize("before, reason", WITHOUT, ids=["no CuPy", "no GPU"])
 def test_without_a_gpu(before, reason):
-    import os
-    import re
-
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     program = f"""{before}
 from tinygrad_llm import Tensor, device
