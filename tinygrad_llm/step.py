@@ -34,6 +34,7 @@ class _Step:
     loss_scale      for weights of float16, else None
     generator       draws the dropout masks
     shards          the CPU's threads
+    graph           whether a GPU's step may be recorded
     """
 
     def __init__(
@@ -45,10 +46,12 @@ class _Step:
         max_norm: float,
         generator: random.Generator,
         shards: Shards,
+        graph: bool = True,
     ):
         self.model, self.optimizer = model, optimizer
         self.accumulate, self.max_norm = accumulate, max_norm
         self.generator, self.shards = generator, shards
+        self.wants_graph, self.memory = graph, 0  # memory: bytes that a graph holds
         float16 = any(p.dtype == np.float16 for p in model.parameters())
         self.loss_scale = LossScale() if float16 else None
 
@@ -143,9 +146,12 @@ class DeviceStep(_Step):
         nothing = np.full(self.accumulate, np.nan, np.float32)
         self._staging.fill(**{**inputs, "weights": nothing})
         before = self._get_scale()
-        self._graph, self.why_no_graph = None, None
+        self._graph, self.why_no_graph, self.memory = None, None, 0
         try:
+            if not self.wants_graph:
+                raise self._graphs.GraphError("none was asked for")
             self._graph = self._graphs.Graph(self._compute)
+            self.memory = self._graph.memory
         except self._graphs.GraphError as error:
             self.why_no_graph = str(error)
         self._set_scale(before)
