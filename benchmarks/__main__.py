@@ -113,17 +113,9 @@ def train(
         if model not in (None, [Model.gpt2], [Model.tiny]):
             fail("on a GPU --model is gpt2")
         size, counts = (model or [Model.gpt2])[0].value, (rounds or 3, steps or 5, check or 20)
+        batches = batch or [8, 16, 32, 64]
         return train_on_gpu(
-            device.value,
-            size,
-            counts,
-            batch or [8, 16, 32, 64],
-            vocab,
-            profile,
-            peak,
-            minutes,
-            save,
-            results,
+            device.value, size, counts, batches, vocab, profile, peak, minutes, save, results
         )
     if model is not None and Model.gpt2 in model:
         fail("--model gpt2 needs --device cuda")
@@ -165,11 +157,13 @@ def train_on_gpu(device, size, counts, batches, vocab, profile, peak, minutes, s
             return finish(result, description, save, results)
         say("comparing losses")
         small = {**config, **job.SMALL} if real else config
-        data = {
-            "float32": job.attempt(job.compare_devices, arena, small, 8 if real else 1, check // 2),
-            "losses": job.attempt(job.compare_losses, arena, min(batches), check),
-        }
-        data["races"] = job.race_all(arena, batches, rounds, steps, 1.0 if real else 0.0, say)
+        data = {"losses": job.attempt(job.compare_losses, arena, min(batches), check)}
+        race = {"rounds": rounds, "steps": steps, "seconds": 1.0 if real else 0.0}
+        data["races"] = job.race_all(arena, batches, say, **race)
+        say("comparing float32 with the CPU's")
+        rows = 8 if real else 1
+        data["float32"] = job.attempt(job.compare_devices, arena, small, rows, check // 2)
+        data["races"] += job.race_extras(arena, data["races"], say, **race)
     except gpu.WorkerError as error:
         fail(str(error), code=1)
     finally:

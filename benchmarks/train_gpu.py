@@ -123,10 +123,10 @@ class _Contestant:
             step = finish = given = None
             self._release()
 
-    def profile(self, batch: int, steps: int) -> dict:
+    def profile(self, batch: int, steps: int, **options) -> dict:
         """Where the time of a step goes: see `traced`."""
         try:
-            step, finish, (pair,) = self._trained_on(batch, 1)
+            step, finish, (pair,) = self._trained_on(batch, 1, **options)
             for _ in range(3):
                 step(*pair)
             finish()
@@ -192,6 +192,12 @@ class Ours(_Contestant):
         model = optimizer = step = None
         self._release()
         return found
+
+    def profile(self, batch: int, steps: int) -> dict:
+        try:
+            return super().profile(batch, steps)
+        except ValueError:  # CUPTI may take a graph for one thing
+            return super().profile(batch, steps, graph=False)
 
 
 def _make_step(model, optimizer):
@@ -520,30 +526,35 @@ def compare_devices(arena: Arena, config: dict, batch: int, steps: int) -> dict:
     return losses | {"relative": relative, "agree": relative <= FLOAT32_LIMIT}
 
 
-def race_all(arena: Arena, batches, rounds: int, steps: int, seconds: float, say) -> list[dict]:
+def race_all(arena: Arena, batches, say, **settings) -> list[dict]:
     """A race for each batch size, the smallest first; whoever has failed at one is left out of the
-    larger ones. Then, with what time is left, those that would take too long at each.
+    larger ones. settings: those of `race`.
     """
     races, names = [], arena.names()
-    run = partial(race, arena, rounds=rounds, steps=steps, seconds=seconds)
     for batch in sorted(batches):
         if names and time.monotonic() < arena.deadline:
             say(f"batch {batch}: {', '.join(names)}")
-            races.append(run(names, batch))
+            races.append(race(arena, names, batch, **settings))
             names = [name for name in names if name not in races[-1]["problems"]]
+    return races
+
+
+def race_extras(arena: Arena, races, say, **settings) -> list[dict]:
+    """With what time is left, those that would take too long at each batch size."""
     fit = [r["batch"] for r in races if "ours" in r["results"]]
     if not fit:
-        return races
+        return []
     extras = [("ours, launched", fit[0])]
     if arena.compiled:
         extras += [(f"{COMPILED} {m}", at) for m, at in zip(EXTRA_MODES, (fit[0], fit[-1]))]
+    found = []
     for name, batch in extras:
         if time.monotonic() < arena.deadline:
             say(f"batch {batch}: {name}")
-            races.append(run(["ours", name], batch))
+            found.append(race(arena, ["ours", name], batch, **settings))
             if name.startswith(COMPILED):
                 arena.drop(name)
-    return races
+    return found
 
 
 # --- reporting ------------------------------------------------------------------------------------

@@ -24,16 +24,15 @@ class Worker:
     def __init__(self, factory, *arguments, deadline=math.inf):
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(theirs, factory, arguments), daemon=True
-        )
+        # No daemon, as torch.compile starts processes, too: whoever makes a worker closes it.
+        self._process = context.Process(target=_serve, args=(theirs, factory, arguments))
         self._process.start()
         theirs.close()
         self.deadline = deadline
 
     def call(self, method: str, *arguments, **options):
-        """What the method returns. Raises WorkerError for what it raised, OutOfMemoryError if that was
-        its reason; WorkerError, too, for a process that has ended, and at the deadline.
+        """What the method returns. Raises WorkerError for what it raised, OutOfMemoryError if that
+        was why; WorkerError, too, for a process that has ended, and at the deadline.
         """
         try:
             self._pipe.send((method, arguments, options))

@@ -2,6 +2,7 @@
 PyTorch on the CPU beside them, and sums that add up. No figure here says how fast anything is.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -147,32 +148,33 @@ class Job:
 
 
 def test_a_worker_keeps_its_object_in_another_process():
-    worker = Worker(Job, 10)
-    assert [worker.call("add", 1), worker.call("add", 2, more=3)] == [11, 16]
-    with pytest.raises(OutOfMemoryError, match=r"^out of memory$"):
-        worker.call("fill", RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
-    with pytest.raises(OutOfMemoryError):
-        worker.call("fill", MemoryError("cuda:0 has no room for 8 bytes"))
-    with pytest.raises(WorkerError, match=r"^KeyError: 'x'$"):
-        worker.call("fill", KeyError("x"))
-    assert worker.call("add", 0) == 16  # and lives on
-    with pytest.raises(WorkerError, match="its process has ended"):
-        worker.call("leave")
-    with pytest.raises(WorkerError, match="its process has ended"):
-        worker.call("add", 0)
-    worker.close()
+    with contextlib.closing(Worker(Job, 10)) as worker:
+        assert [worker.call("add", 1), worker.call("add", 2, more=3)] == [11, 16]
+        with pytest.raises(OutOfMemoryError, match=r"^out of memory$"):
+            worker.call("fill", RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+        with pytest.raises(OutOfMemoryError):
+            worker.call("fill", MemoryError("cuda:0 has no room for 8 bytes"))
+        with pytest.raises(WorkerError, match=r"^KeyError: 'x'$"):
+            worker.call("fill", KeyError("x"))
+        assert worker.call("add", 0) == 16  # and lives on
+        for method in ("leave", "add"):
+            with pytest.raises(WorkerError, match="its process has ended"):
+                worker.call(method)
 
 
-def test_a_worker_that_cannot_begin_says_why_and_a_late_one_is_ended():
-    broken, late = Worker(Job, 0), Worker(Job, 1, deadline=time.monotonic())
-    with pytest.raises(WorkerError, match="ZeroDivisionError"):
-        broken.call("add", 1)
-    broken.close()
-    with pytest.raises(WorkerError, match="out of time"):
-        late.call("sleep")
-    assert not late._process.is_alive()
-    with pytest.raises(WorkerError, match="its process has ended"):
-        late.call("add", 1)
+def test_a_worker_that_cannot_begin_says_why():
+    broken = pytest.raises(WorkerError, match="ZeroDivisionError")
+    with contextlib.closing(Worker(Job, 0)) as worker, broken:
+        worker.call("add", 1)
+
+
+def test_a_worker_is_ended_at_the_deadline():
+    with contextlib.closing(Worker(Job, 1, deadline=time.monotonic())) as worker:
+        with pytest.raises(WorkerError, match="out of time"):
+            worker.call("sleep")
+        assert not worker._process.is_alive()
+        with pytest.raises(WorkerError, match="its process has ended"):
+            worker.call("add", 1)
 
 
 def test_whoever_fails_leaves_the_others_to_it():
@@ -217,7 +219,9 @@ class Fakes(train_gpu.Arena):
 
 def test_batches_grow_until_they_do_not_fit():
     arena = Fakes()
-    races = train_gpu.race_all(arena, [64, 16, 32], 2, 5, 1.0, say=lambda line: None)
+    race = {"rounds": 2, "steps": 5, "seconds": 1.0, "say": lambda line: None}
+    races = train_gpu.race_all(arena, [64, 16, 32], **race)
+    races += train_gpu.race_extras(arena, races, **race)
     assert [race["batch"] for race in races] == [16, 32, 64, 16, 16, 64]
     assert races[1]["problems"] == {"PyTorch eager": "out of memory"}
     assert races[2]["problems"] == {"torch.compile": "out of memory"}
