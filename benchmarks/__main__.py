@@ -160,6 +160,7 @@ def train_on_gpu(device, size, counts, batches, vocab, profile, peak, minutes, s
         data = {"losses": job.attempt(job.compare_losses, arena, min(batches), check)}
         race = {"rounds": rounds, "steps": steps, "seconds": 1.0 if real else 0.0}
         data["races"] = job.race_all(arena, batches, say, **race)
+        data["left"] = sorted(set(batches) - {found["batch"] for found in data["races"]})
         say("comparing float32 with the CPU's")
         rows = 8 if real else 1
         data["float32"] = job.attempt(job.compare_devices, arena, small, rows, check // 2)

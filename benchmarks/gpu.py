@@ -51,7 +51,7 @@ def why_not(device: str) -> str | None:
         return None
     import torch
 
-    return None if torch.cuda.is_available() else "PyTorch finds no GPU: install one with CUDA"
+    return None if torch.cuda.is_available() else "PyTorch finds no GPU: install it with CUDA"
 
 
 def versions() -> dict:

@@ -19,7 +19,7 @@ from . import gpu
 from .report import Table, duration
 from .worker import OutOfMemoryError, Worker, WorkerError
 
-LR, BETAS, DECAY, CLIP = 6e-4, (0.9, 0.95), 0.1, 1.0
+LR, BETAS, DECAY, CLIP = 3e-4, (0.9, 0.95), 0.1, 1.0
 SIZES = {
     "tiny": {"emb_dim": 16, "n_layers": 1, "n_heads": 1, "context_length": 8},  # that it runs
     "gpt2": {},
@@ -78,7 +78,7 @@ class _Contestant:
         from tinygrad_llm.gpt import GPTConfig
 
         self.config, self.cfg = config, GPTConfig.from_name("gpt2", **config)
-        self.model = None
+        self.model = self.optimizer = None
 
     def _trained_on(self, batch, count, **options):
         """(step, finish, batches) of the model, with its first weights unless it has some."""
@@ -103,8 +103,7 @@ class _Contestant:
                 run()
                 finish()
             durations = gpu.blocks(run, finish, seconds, self.clock)
-            found = {"seconds": [d / steps for d in durations]}
-            return found | self._memory()
+            return {"seconds": [d / steps for d in durations], **self._memory()}
         finally:
             step = finish = run = given = None
             self._release()
@@ -329,7 +328,8 @@ class Theirs(_Contestant):
 
     def _release(self):
         self._last = None
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.optimizer is not None:  # it may be what there was no room for
+            self.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         if self.device.type == "cuda":
             self.torch.cuda.empty_cache()
@@ -592,6 +592,7 @@ def notes(data, seconds: float) -> list[str]:
         "is what it had allocated at most, ours all that its pools hold.",
         *_agreement(data["losses"], data["float32"]),
         *_reached(data["races"]),
+        *(f"Batch {batch}: not raced, for want of time or of memory." for batch in data["left"]),
         f"The whole took {seconds:.0f} s.",
     ]
 
@@ -634,9 +635,10 @@ def _reached(races):
 def failures(data) -> list[str]:
     """What makes the figures worthless."""
     found = []
-    for name, other in (("losses", "PyTorch's"), ("float32", "the CPU's")):
+    for name, other in (("losses", "PyTorch's"), ("float32", "the CPU's losses")):
         if not data[name].get("agree"):
-            found.append(data[name].get("problem", f"our losses are too far from {other}"))
+            problem = data[name].get("problem", "too far apart")
+            found.append(f"our {name} beside {other}: {problem}")
     for r in data["races"]:
         why = r["problems"].get("ours", "out of memory")
         if why not in ("out of memory", "out of time"):

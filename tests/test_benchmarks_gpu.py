@@ -237,6 +237,25 @@ def test_batches_grow_until_they_do_not_fit():
     assert "Batch 32: 1.50 times torch.compile" in said and "no more memory" in said
 
 
+def test_what_makes_figures_worthless_is_said():
+    fine = {"losses": {"agree": True}, "float32": {"agree": True}, "races": []}
+    assert train_gpu.failures(fine) == []
+    late = {"problems": {"ours": "out of time"}, "batch": 8}
+    broken = {"problems": {"ours": "ValueError: x"}, "batch": 16}
+    bad = {"losses": {"agree": False}, "float32": {"problem": "KeyError: 'x'"}}
+    assert train_gpu.failures(bad | {"races": [late, broken]}) == [
+        "our losses beside PyTorch's: too far apart",
+        "our float32 beside the CPU's losses: KeyError: 'x'",
+        "ours at batch 16: ValueError: x",
+    ]
+    task = {"task": "T", "dtype": "float32", "batch": 64, "problems": {}, "alike": {"a": 61}}
+    assert generate_gpu.failures([task]) == []
+    assert generate_gpu.failures([task | {"alike": {"a": 60}}]) == [
+        "T: a's text is ours in 60 of 64 rows only"
+    ]
+    assert generate_gpu.failures([task | {"dtype": "bfloat16", "alike": {"a": 1}}]) == []
+
+
 def test_model_flops_of_gpt2():
     """nanoGPT's count, and what 520,000 tokens/s are of an H200."""
     flops = train_gpu.flops_per_token(train_gpu.config("gpt2", 50257))
