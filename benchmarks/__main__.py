@@ -29,7 +29,13 @@ Results = Annotated[Path, typer.Option(metavar="DIR", help="Where --save writes.
 Size = StrEnum("Size", ["tiny", "small", "gpt2"])
 Text = StrEnum("Text", ["tiny", "gpt2"])
 Chip = StrEnum("Chip", ["80", "86", "89", "90", "100", "120"])
-Model = StrEnum("Model", [("tiny", "tiny"), ("nano", "nanogpt-cpu"), ("default", "default-job")])
+Model = StrEnum(
+    "Model",
+    [("tiny", "tiny"), ("nano", "nanogpt-cpu"), ("default", "default-job"), ("gpt2", "gpt2")],
+)
+Where = StrEnum("Where", ["cpu", "cuda", "interpret"])
+Place = Annotated[Where, typer.Option(metavar="cpu|cuda", help="Where both compute.")]
+Minutes = Annotated[float, typer.Option(min=0.0, help="On a GPU: what is not done by then is not.")]
 
 
 @app.callback()
@@ -72,23 +78,53 @@ def ops(
 
 @app.command()
 def train(
-    model: Annotated[list[Model], typer.Option(help="Models; may be repeated.")] = [  # noqa: B006
-        Model.nano,
-        Model.default,
-    ],
-    rounds: Rounds = 9,
-    steps: Annotated[int, typer.Option(min=1, help="Steps in a turn, about.")] = 10,
-    check: Annotated[int, typer.Option(min=1, help="Losses that must agree first.")] = 10,
+    model: Annotated[
+        list[Model] | None,
+        typer.Option(help="Models; may be repeated. On a GPU: gpt2, else the two others."),
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Turns of each; 9, on a GPU 3.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps in a turn, about: 10; on a GPU in a block: 5.")
+    ] = None,
+    check: Annotated[
+        int | None, typer.Option(min=1, help="Losses that must agree first: 10; on a GPU 20.")
+    ] = None,
+    device: Place = Where.cpu,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="On a GPU: rows; may be repeated. Without: 8, 16, 32 and 64."),
+    ] = None,
+    vocab: Annotated[int, typer.Option(min=2, help="On a GPU: 50304, or GPT-2's 50257.")] = 50304,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="On a GPU: only which kernels a step spends time in.")
+    ] = False,
+    peak: Annotated[
+        float | None, typer.Option(min=1, help="On a GPU: its TFLOP/s in bfloat16, for the MFU.")
+    ] = None,
+    minutes: Minutes = 9,
     threads: Threads = 2,
     save: Save = False,
     results: Results = RESULTS,
 ):
     """Whole training steps of ours and of PyTorch, side by side, and where ours spends the time."""
+    if profile and device is not Where.cuda:
+        fail("--profile needs --device cuda")
+    if device is not Where.cpu:
+        if model not in (None, [Model.gpt2], [Model.tiny]):
+            fail("on a GPU --model is gpt2")
+        size, counts = (model or [Model.gpt2])[0].value, (rounds or 3, steps or 5, check or 20)
+        batches = batch or [8, 16, 32, 64]
+        return train_on_gpu(
+            device.value, size, counts, batches, vocab, profile, peak, minutes, save, results
+        )
+    if model is not None and Model.gpt2 in model:
+        fail("--model gpt2 needs --device cuda")
+    rounds, steps, check = rounds or 9, steps or 10, check or 10
     description, method = prepare(threads, True, save, results), Method.for_threads(threads, rounds)
     from .train import measure_setting
 
     data, tables, notes = {}, [], [RATIO_NOTE]
-    for name in [m.value for m in model]:
+    for name in [m.value for m in model or (Model.nano, Model.default)]:
         say(f"measuring {name}")
         try:
             data[name], more, note = measure_setting(name, method, steps, check, threads)
@@ -100,18 +136,75 @@ def train(
     finish(Result("train", settings, data, tables, notes), description, save, results)
 
 
+def train_on_gpu(device, size, counts, batches, vocab, profile, peak, minutes, save, results):
+    """The same of GPT-2 on a GPU; exits with 1 if ours computes something else, or cannot."""
+    started = time.monotonic()
+    description = prepare_gpu(device, save, results)
+    from . import gpu
+    from . import train_gpu as job
+
+    rounds, steps, check = counts
+    config, real = job.config(size, vocab), device == "cuda"
+    arena = job.Arena(device, config, started + 60 * minutes, compiled=real)
+    settings = {"model": size, "vocabulary": vocab, "rounds": rounds, "steps": steps}
+    settings |= gpu.versions()
+    try:
+        description |= arena["ours"].call("about")
+        if profile:
+            data = job.profile(arena, batches, steps, say)
+            tables = [job.profile_table(name, found) for name, found in data.items()]
+            result = Result("train --profile", settings, data, tables, width=140)
+            return finish(result, description, save, results)
+        say("comparing losses")
+        small = {**config, **job.SMALL} if real else config
+        data = {"losses": job.attempt(job.compare_losses, arena, min(batches), check)}
+        race = {"rounds": rounds, "steps": steps, "seconds": 1.0 if real else 0.0}
+        data["races"] = job.race_all(arena, batches, say, **race)
+        data["left"] = sorted(set(batches) - {found["batch"] for found in data["races"]})
+        say("comparing float32 with the CPU's")
+        rows = 8 if real else 1
+        data["float32"] = job.attempt(job.compare_devices, arena, small, rows, check // 2)
+        data["races"] += job.race_extras(arena, data["races"], say, **race)
+    except gpu.WorkerError as error:
+        fail(str(error), code=1)
+    finally:
+        arena.close()
+    data["flops_per_token"] = flops = job.flops_per_token(config)
+    tables = job.tables(data["races"], flops, gpu.Ceilings.of(description["gpu"], peak))
+    notes = job.notes(data, time.monotonic() - started)
+    finish(Result("train", settings, data, tables, notes, width=140), description, save, results)
+    if failed := job.failures(data):
+        fail("; ".join(failed), code=1)
+
+
 @app.command()
 def generate(
     size: Annotated[Text, typer.Option(help="The model; its weights are random.")] = Text.gpt2,
-    batch: Annotated[list[int], typer.Option(min=1, help="Rows; may be repeated.")] = [1, 8],  # noqa: B006
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Rows; may be repeated: 1 and 8, on a GPU 1 and 64."),
+    ] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 64,
-    new: Annotated[int, typer.Option(min=2, help="Tokens that each prompt gets.")] = 64,
+    new: Annotated[
+        int | None, typer.Option(min=2, help="Tokens that each prompt gets: 64, on a GPU 256.")
+    ] = None,
     rounds: Rounds = 5,
+    device: Place = Where.cpu,
+    bandwidth: Annotated[
+        float | None, typer.Option(min=0.01, help="On a GPU: its memory's TB/s.")
+    ] = None,
+    minutes: Minutes = 9,
     threads: Threads = 2,
     save: Save = False,
     results: Results = RESULTS,
 ):
     """Generation with a cache of keys and values, ours and transformers', side by side."""
+    if device is not Where.cpu:
+        task = batch or [1, 64], prompt, new or 256
+        return generate_on_gpu(
+            device.value, size.value, *task, rounds, bandwidth, minutes, save, results
+        )
+    batch, new = batch or [1, 8], new or 64
     description, method = prepare(threads, True, save, results), Method.for_threads(threads, rounds)
     if not machine.installed("transformers"):
         fail("this needs transformers to compare with: pip install -e '.[test]'")
@@ -133,6 +226,33 @@ def generate(
     settings |= {"transformers": machine.installed("transformers")}
     notes = [GENERATE_NOTE, RATIO_NOTE.replace("PyTorch", "transformers")]
     finish(Result("generate", settings, data, tables, notes), description, save, results)
+
+
+def generate_on_gpu(device, size, batches, prompt, new, rounds, bandwidth, minutes, save, results):
+    """The same on a GPU, in float32 and bfloat16; exits with 1 if ours writes something else."""
+    started = time.monotonic()
+    description = prepare_gpu(device, save, results)
+    from . import generate_gpu as job
+    from . import gpu
+
+    players = job.Players(device, size, started + 60 * minutes)
+    settings = {"model": size, "prompt": prompt, "new": new, "rounds": rounds} | gpu.versions()
+    try:
+        description |= players["ours"].call("about")
+        ceilings = gpu.Ceilings.of(description["gpu"], terabytes=bandwidth)
+        tasks = [
+            job.Task(rows, prompt, new, dtype) for dtype in job.DTYPES for rows in sorted(batches)
+        ]
+        data = {"tasks": job.measure_all(players, tasks, rounds, say)}
+    except gpu.WorkerError as error:
+        fail(str(error), code=1)
+    finally:
+        players.close()
+    tables = [job.table(found, ceilings) for found in data["tasks"]]
+    notes = job.notes(data["tasks"], time.monotonic() - started)
+    finish(Result("generate", settings, data, tables, notes, width=140), description, save, results)
+    if failed := job.failures(data["tasks"]):
+        fail("; ".join(failed), code=1)
 
 
 GENERATE_NOTE = (
@@ -432,6 +552,19 @@ def prepare(threads: int, peer: bool, save: bool, results: Path) -> dict:
         fail("this needs PyTorch to compare with: pip install -e '.[test]'")
     machine.limit_threads(threads)
     return machine.describe(threads)
+
+
+def prepare_gpu(device: str, save: bool, results: Path) -> dict:
+    """The machine's description, if both can compute there; one line if not."""
+    check_folder(save, results)
+    if device == "interpret":
+        os.environ["TRITON_INTERPRET"] = "1"
+    from .gpu import why_not
+
+    machine.limit_threads(1)
+    if reason := why_not(device):
+        fail(reason)
+    return machine.describe(threads=1)
 
 
 def check_folder(save: bool, folder: Path) -> None:

@@ -54,7 +54,7 @@ def sentence(machine: dict) -> str:
     """The description in one line."""
     load = machine["load_average"]
     torch = f", PyTorch {machine['torch']}" if machine["torch"] else ""
-    gpu = f"{machine['gpu']}, " if machine.get("gpu") else ""
+    gpu = "".join(f"{machine[key]}, " for key in ("gpu", "gpu_driver") if machine.get(key))
     busy = f"; load average {load:.1f}" if load is not None else ""
     return (
         f"{gpu}{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "

@@ -73,6 +73,12 @@ class Timing:
     rounds: tuple[float, ...]
     best: float
 
+    @classmethod
+    def of(cls, turns) -> "Timing":
+        """From the durations of the calls in each turn."""
+        calls = sorted(duration for turn in turns for duration in turn)
+        return cls(tuple(map(statistics.median, turns)), calls[len(calls) // 10])
+
     @property
     def spread(self) -> Spread:
         return Spread.of(self.rounds)
@@ -133,9 +139,4 @@ def interleaved(alternatives: dict[str, Callable[[], object]], method: Method) -
         for name, call in alternatives.items():
             method.sleep(method.pause)
             turns[name].append(method.turn(call))
-    return {name: _timing(those[1:]) for name, those in turns.items()}
-
-
-def _timing(turns):
-    calls = sorted(duration for turn in turns for duration in turn)
-    return Timing(tuple(map(statistics.median, turns)), calls[len(calls) // 10])
+    return {name: Timing.of(those[1:]) for name, those in turns.items()}

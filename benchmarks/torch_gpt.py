@@ -17,11 +17,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(cfg.emb_dim, 3 * cfg.emb_dim, bias=cfg.qkv_bias)
         self.out_proj = nn.Linear(cfg.emb_dim, cfg.emb_dim)
 
-    def forward(self, x):
+    def forward(self, x, cache=None, positions=None, mask=None):
         B, T, C = x.shape
         q, k, v = self.qkv(x).split(C, dim=-1)  # 3 of (B, T, C)
         q, k, v = (a.view(B, T, self.n_heads, -1).transpose(1, 2) for a in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
+        else:
+            k, v = cache.put(positions, k, v)  # (B, H, length, D)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T, D)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -43,8 +47,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(cfg.emb_dim)
         self.ff = FeedForward(cfg)
 
-    def forward(self, x):
-        x = x + self.att(self.norm1(x))
+    def forward(self, x, *cached):
+        x = x + self.att(self.norm1(x), *cached)
         return x + self.ff(self.norm2(x))
 
 
@@ -59,7 +63,7 @@ class TorchGPT(nn.Module):
         self.final_norm = nn.LayerNorm(cfg.emb_dim)
 
     def forward(self, ids):
-        positions = torch.arange(ids.shape[1])
+        positions = torch.arange(ids.shape[1], device=ids.device)
         x = self.tok_emb(ids) + self.pos_emb(positions)
         for block in self.blocks:
             x = block(x)
@@ -68,6 +72,61 @@ class TorchGPT(nn.Module):
     def loss(self, ids, targets):
         logits = self(ids)
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
+
+
+class _Cache(nn.Module):
+    """Keys and values of a block. They are buffers: their addresses stay, as a CUDA graph needs."""
+
+    def __init__(self, shape, like):
+        super().__init__()
+        self.register_buffer("k", torch.zeros(shape, dtype=like.dtype, device=like.device))
+        self.register_buffer("v", torch.zeros_like(self.k))
+
+    def put(self, positions, k, v):
+        self.k[:, :, positions] = k
+        self.v[:, :, positions] = v
+        return self.k, self.v
+
+
+class Greedy(nn.Module):
+    """Greedy text with a static cache: what a step does is always of the same shapes, so that
+    torch.compile can make a CUDA graph of it.
+
+    batch, length   rows, and the most tokens that a row gets, its prompt included
+    mode            of torch.compile; None: eager
+    """
+
+    def __init__(self, model: TorchGPT, batch: int, length: int, mode: str | None):
+        super().__init__()
+        self.model, weight = model, model.tok_emb.weight
+        heads = model.blocks[0].att.n_heads
+        shape = batch, heads, length, weight.shape[1] // heads
+        self.caches = nn.ModuleList(_Cache(shape, weight) for _ in model.blocks)
+        self.register_buffer("places", torch.arange(length, device=weight.device))
+        self._step = self.forward
+        if mode is not None:
+            self._step = torch.compile(self.forward, mode=mode, dynamic=False)
+
+    def forward(self, ids, positions):
+        """The tokens that follow ids (B, T), which stand at positions (T,) -> (B, 1)."""
+        m = self.model
+        mask = self.places <= positions[:, None]  # (T, length)
+        x = m.tok_emb(ids) + m.pos_emb(positions)
+        for block, cache in zip(m.blocks, self.caches, strict=True):
+            x = block(x, cache, positions, mask)
+        return F.linear(m.final_norm(x[:, -1:]), m.tok_emb.weight).argmax(-1)
+
+    @torch.no_grad()
+    def generate(self, ids, new: int):
+        """ids (B, T) -> (B, T + new)."""
+        T, text = ids.shape[1], [ids]
+        text.append(self(ids, self.places[:T]))
+        position = self.places[T : T + 1].clone()
+        for _ in range(new - 1):
+            # Cloned: the next launch of the graph writes over what this one has given.
+            text.append(self._step(text[-1], position).clone())
+            position += 1
+        return torch.cat(text, 1)
 
 
 def same_model(model) -> TorchGPT:
