@@ -11,7 +11,6 @@ import time
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -159,9 +158,7 @@ class Ours(_Contestant):
         return gpu.about(self.device)
 
     def _start(self, batch, graph=True):
-        self._made = _make_step(self.model, self.optimizer)
-        if not graph:
-            _launch_one_by_one(self._made)
+        self._made = _make_step(self.model, self.optimizer, graph)
         return partial(self._made.start, lr=LR), lambda: self._made.finish()[0]
 
     def _prepared(self, ids, targets):
@@ -169,8 +166,7 @@ class Ours(_Contestant):
 
     def _memory(self):
         """Bytes of both pools: what they hold is what was needed at the peak, and a little more."""
-        graph = self._made._graph
-        held = self.device.memory().get("held", 0) + (graph.memory if graph else 0)
+        held = self.device.memory().get("held", 0) + self._made.memory
         return {"memory": held, "reserved": held, "no graph": self._made.why_no_graph}
 
     def _release(self):
@@ -199,28 +195,13 @@ class Ours(_Contestant):
             return super().profile(batch, steps, graph=False)
 
 
-def _make_step(model, optimizer):
+def _make_step(model, optimizer, graph=True):
     from tinygrad_llm.parallel import Shards
     from tinygrad_llm.random import Generator
     from tinygrad_llm.step import make_step
 
     settings = {"accumulate": 1, "max_norm": CLIP, "generator": Generator(0), "shards": Shards(1)}
-    return make_step(model, optimizer, **settings)
-
-
-def _launch_one_by_one(step):
-    """A DeviceStep that finds no graph can be made, and launches its kernels itself."""
-    kernels = step._graphs
-
-    def refuse(function):
-        raise kernels.GraphError("none was asked for")
-
-    step._graphs = SimpleNamespace(
-        Graph=refuse,
-        GraphError=kernels.GraphError,
-        Staging=kernels.Staging,
-        Readback=kernels.Readback,
-    )
+    return make_step(model, optimizer, graph=graph, **settings)
 
 
 class Theirs(_Contestant):
