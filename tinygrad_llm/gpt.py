@@ -22,6 +22,7 @@ from .nn import (
     Module,
     ModuleList,
     Parameter,
+    StaticCache,
     TransformerBlock,
     no_init,
     recompute,
@@ -220,7 +221,7 @@ class GPT(Module):
         self,
         ids: Tensor | ArrayLike,
         segments: Tensor | ArrayLike | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | StaticCache | None = None,
     ) -> Tensor:
         """Logits of the token that follows each of the given ones.
 
@@ -240,7 +241,7 @@ class GPT(Module):
         self,
         ids: Tensor | ArrayLike,
         segments: Tensor | ArrayLike | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | StaticCache | None = None,
     ) -> Tensor:
         """What the output head reads, (B, T, C); the arguments are those of forward."""
         x = self._hidden_states(ids, segments, cache)  # (B, T, C)
@@ -283,6 +284,12 @@ class GPT(Module):
         C, H = self.cfg.emb_dim, self.cfg.n_heads
         sizes = self.cfg.n_layers, batch, H, self.cfg.context_length, C // H
         return KVCache(*sizes, self.tok_emb.weight.dtype, padding, self.device)
+
+    def new_static_cache(self, batch: int = 1) -> StaticCache:
+        """An empty cache for `batch` rows whose arrays stay where they are: for a GPU."""
+        C, H = self.cfg.emb_dim, self.cfg.n_heads
+        sizes = self.cfg.n_layers, batch, H, self.cfg.context_length, C // H
+        return StaticCache(*sizes, self.tok_emb.weight.dtype, self.device)
 
     def loss(
         self,

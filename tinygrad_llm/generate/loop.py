@@ -93,9 +93,14 @@ def stream(
 
 def _continue(decoder, ids, padding, max_new_tokens, sampler, stops) -> Iterator[np.ndarray]:
     """The new tokens of all rows (B,), step by step, until every row has stopped."""
-    stopped = np.zeros(len(ids), bool)
+    stopped, ahead = np.zeros(len(ids), bool), iter(())
+    if sampler.is_greedy and max_new_tokens:
+        tokens = sampler.vocab_size or decoder.model.cfg.vocab_size
+        ahead = decoder.likeliest(ids, padding, max_new_tokens, tokens)
     for _ in range(max_new_tokens):
-        chosen = sampler(decoder(ids, padding), ids, padding)  # (B,)
+        chosen = next(ahead, None)  # (B,)
+        if chosen is None:
+            chosen = sampler(decoder(ids, padding), ids, padding)
         chosen[stopped] = ids[stopped, -1]  # the stop id that it ended with
         stopped |= np.isin(chosen, stops)
         if stopped.all():
