@@ -43,8 +43,7 @@ class Decoder:
         Raises FloatingPointError for logits that are nan or infinite; what the model raises.
         """
         ids, padding = self._cropped(ids, padding)
-        with evaluating(self.model), np.errstate(all="ignore"):  # what is no number is found below
-            logits = self._kept.logits(ids, padding)
+        logits = self._kept.logits(ids, padding)
         logits = of(logits).numpy(logits)
         logits = logits.astype(np.float32) if is_narrow(logits) else logits
         if not np.isfinite(logits.max(axis=-1)).all():  # nan wins every maximum
@@ -88,6 +87,10 @@ class _Texts:
 
     def logits(self, ids, padding):
         """(B, V), of each row's last token."""
+        with evaluating(self.model), np.errstate(all="ignore"):  # the Decoder looks for nan
+            return self._logits(ids, padding)
+
+    def _logits(self, ids, padding):
         if not hasattr(self.model, "new_cache"):
             if padding is not None:
                 raise ValueError("prompts of different lengths need a model with new_cache")

@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 
 from .. import backend
+from .. import functional as F  # noqa: N812 (PyTorch's name for it)
 from ..device import device
+from ..nn.cache import FEW_QUERIES
 from ..precision import is_narrow
 from ..tensor import Tensor, no_grad
 
 NO_NUMBERS = (
     "the model's logits are nan or infinite: expected finite ones, use another checkpoint"
 )
-_FEW = 16  # new tokens a row that attend to what is cached by the kernel for that
 _RUNS = 3  # of a step that is recorded: two for real, and the recording
 
 
@@ -35,6 +36,7 @@ class DeviceTexts:
         self.model, self.where = model, device(model.device)
         self._graphs = backend.kernel_module(self.where, "graph")
         self.why_no_graph = None if self._graphs else "kernels are switched off"
+        self._limit = self.where.xp.zeros(1, np.int64)  # of the ids that a step chooses from
         self._step = None
         self._texts = []  # an array of ids for each row: what is surely in the cache
         self._turn = 0  # counts whoever changes it
@@ -52,13 +54,10 @@ class DeviceTexts:
         if self._graphs is None:
             return
         texts = _unpadded(ids, padding)
-        most = min(most, 1 + self.model.cfg.context_length - ids.shape[1])
-        with evaluating(self.model), np.errstate(all="ignore"):
-            logits = self._feed(texts)
-            step, turn = self._step, self._turn
-            step.limit.fill(vocab_size)
-            step.choose(logits)
-        step.cache.keep([len(text) for text in texts])
+        most = min(most, 1 + self.model.cfg.context_length - max(map(len, texts)))
+        self._limit.fill(vocab_size)
+        self._feed(texts)
+        step, turn = self._step, self._turn
         now, ahead = self._graphs.Readback(), self._graphs.Readback()
         now.start(step.ids)
         for left in reversed(range(most)):
@@ -111,16 +110,17 @@ class DeviceTexts:
         """(B,): how many tokens of each text need not be computed; its last one has to be."""
         sizes = np.array([len(text) for text in texts])
         counts = np.minimum([_shared(*two) for two in zip(texts, self._texts)], sizes - 1)
-        if (sizes - counts).max() > _FEW:
+        if (sizes - counts).max() > FEW_QUERIES:
             counts[:] = counts.min()  # many queries see many keys fast if all rows begin at once
         room = self.model.cfg.context_length - (sizes - counts).max()
         return np.minimum(counts, room)  # all rows are given as many as the one with the most
 
     def _begin(self, cache):
-        self._step, self._graph = _Step(self.model, cache), None
+        self._step, self._graph = _Step(self.model, self.where, cache, self._limit), None
 
     def _next(self):
-        """A step: its logits (B, V). It is recorded first if the texts will grow enough."""
+        """A step: its logits (B, V). It is recorded first if the texts can grow enough."""
+        self.where.make_current()
         room = self.model.cfg.context_length - self._step.cache.length
         if self._graph is None and self.why_no_graph is None and room >= _RUNS:
             self._record()
@@ -150,44 +150,45 @@ class _Step:
     limit   (1,) int64: only ids below it are chosen
     """
 
-    def __init__(self, model, cache):
-        xp = device(model.device).xp
-        self.model, self.cache = model, cache
-        self.ids = xp.zeros(len(cache.counts), np.int64)
-        self.limit = xp.full(1, model.cfg.vocab_size, np.int64)
+    def __init__(self, model, where, cache, limit):
+        self.model, self.where, self.cache, self.limit = model, where, cache, limit
+        self.ids = where.xp.zeros(len(cache.counts), np.int64)
         self._weights = [p.data for p in model.parameters()]  # a graph needs their memory
 
     def __call__(self):
         """The logits after self.ids, (B, V)."""
         with evaluating(self.model), np.errstate(all="ignore"):
             x = self.model.hidden_states(Tensor(self.ids[:, None]), cache=self.cache)  # (B, 1, C)
-            logits = self.model.out_head(x[:, -1]).data  # (B, V)
-        self.choose(logits)
-        return logits
-
-    def choose(self, logits):
-        """The likeliest tokens become self.ids."""
-        xp = device(self.model.device).xp
-        logits = logits.astype(np.float32) if is_narrow(logits) else logits
-        finite = xp.isfinite(xp.max(logits, axis=-1))  # nan wins every maximum
-        allowed = xp.where(xp.arange(logits.shape[-1]) < self.limit, logits, -np.inf)
-        self.ids[...] = xp.where(finite, xp.argmax(allowed, axis=-1), -1)
+            return self._logits(x[:, -1])
 
     def fill(self, texts):
-        """The logits after rows of new ids, of which some may be longer than others: (B, V)."""
+        """The logits (B, V) after rows of new ids, of which some may be longer than others."""
         sizes = np.array([len(text) for text in texts])
+        counts = self.cache.counts + sizes
         ids = np.zeros((len(texts), sizes.max()), np.int64)
         for row, text in zip(ids, texts):
             row[: len(text)] = text
-        x = self.model.hidden_states(ids, cache=self.cache).data  # (B, T, C)
-        where = device(self.model.device)
-        ends = x[where.xp.arange(len(x)), where.put(sizes - 1)]  # (B, C)
-        return self.model.out_head(Tensor(ends)).data
+        with evaluating(self.model), np.errstate(all="ignore"):
+            x = self.model.hidden_states(ids, cache=self.cache)  # (B, T, C)
+            last = np.arange(len(ids)) * ids.shape[1] + sizes - 1  # rows of (B T, C)
+            logits = self._logits(F.embedding(last, x.flatten(0, 1)))
+        self.cache.keep(counts)
+        return logits
+
+    def _logits(self, x):
+        """x (B, C) -> (B, V); the likeliest tokens become self.ids."""
+        xp, logits = self.where.xp, self.model.out_head(x).data
+        wide = logits.astype(np.float32) if is_narrow(logits) else logits
+        finite = xp.isfinite(xp.max(wide, axis=-1))  # nan wins every maximum
+        allowed = xp.where(xp.arange(wide.shape[-1]) < self.limit, wide, -np.inf)
+        self.ids[...] = xp.where(finite, xp.argmax(allowed, axis=-1), -1)
+        return logits
 
 
 def _unpadded(ids, padding):
     """Each row's ids."""
-    return list(ids) if padding is None else [row[p:] for row, p in zip(ids, padding)]
+    padding = np.zeros(len(ids), int) if padding is None else padding
+    return [np.array(row[p:]) for row, p in zip(ids, padding)]
 
 
 def _shared(a, b):

@@ -44,7 +44,9 @@ def generate(
     prompt (T,) is an array of one row.
 
     The model sees at most its context length: the last tokens of a longer text. Its train or eval
-    mode is as before afterwards.
+    mode is as before afterwards. On a GPU numbers are drawn on the host, from the same stream as on
+    the CPU, and the logits of each step are copied there; only where the likeliest token is always
+    taken does the device go on without the host.
     Raises ValueError for an empty prompt or an argument out of range; TypeError for ids that are no
     integers, or a model without cfg; IndexError for ids outside the vocabulary; FloatingPointError
     for logits that are nan or infinite.

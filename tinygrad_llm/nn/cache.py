@@ -233,7 +233,7 @@ class StaticLayerCache:
         run_fused("append", _append, k.data, v.data, self.keys, self.values, rows.lengths)
         same = (rows.counts == rows.counts[0]).all()
         arrays = q.data, self.keys, self.values, rows.ends
-        if T <= _FEW:
+        if T <= FEW_QUERIES:
             return Tensor(run_fused("decode", _decode, *arrays, window=window))
         if not same or window is not None:
             return Tensor(_decode(*arrays, window=window))
@@ -251,7 +251,7 @@ class StaticLayerCache:
             getattr(self, name)[:, :, :longest] = chosen
 
 
-_FEW = 16  # queries of a row that the kernel `decode` takes
+FEW_QUERIES = 16  # of a row: those that the kernel `decode` takes
 
 
 def _append(k, v, keys, values, lengths):
