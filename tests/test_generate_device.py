@@ -18,7 +18,7 @@ from tinygrad_llm.gpt import GPT, GPTConfig
 from tinygrad_llm.kernels.gpu import decode, graph
 from tinygrad_llm.kernels.gpu.driver import INTERPRETED
 from tinygrad_llm.kernels.gpu.simulated import DeviceArray
-from tinygrad_llm.nn import MultiHeadAttention, RotaryEmbedding, StaticCache
+from tinygrad_llm.nn import Module, MultiHeadAttention, RotaryEmbedding, StaticCache
 from tinygrad_llm.nn.cache import FEW_QUERIES
 from tinygrad_llm.random import Generator
 
@@ -73,6 +73,7 @@ def close(found, expected):
 
 # --- the cache, on NumPy's arrays -----------------------------------------------------------------
 
+
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=15)
 def test_rows_grow_in_pieces_of_different_lengths(data, seed):
@@ -119,7 +120,7 @@ def test_what_the_cache_refuses():
             EXACT(some_ids(0, 1, 5), cache=cache)
         cache.truncate(19)
         EXACT(some_ids(0, 1, 5), cache=cache)
-        with pytest.raises(ValueError, match="StaticCache: keys of shape .* do not fit"):
+        with pytest.raises(ValueError, match=r"StaticCache: keys of shape .* do not fit"):
             EXACT(some_ids(0, 2, 4), cache=EXACT.new_static_cache(1))
         turning = MultiHeadAttention(6, 16, CONTEXT, 4, rope=RotaryEmbedding(4, CONTEXT))
         with pytest.raises(ValueError, match="goes without masks, segments and rope"):
@@ -228,7 +229,10 @@ def test_the_host_reads_only_what_was_chosen(small, recordings, monkeypatch):
 
 @interpreted
 def test_drawn_texts_are_those_of_the_cpu(small, recordings):
-    for options in ({"temperature": 0.9, "top_p": 0.9}, {"temperature": 0, "repetition_penalty": 2}):
+    for options in (
+        {"temperature": 0.9, "top_p": 0.9},
+        {"temperature": 0, "repetition_penalty": 2},
+    ):
         texts = [
             generate(model, PROMPTS[:2], 4, generator=Generator(3), **options)
             for model in (SMALL, small)
@@ -308,6 +312,34 @@ def test_without_kernels(small, choice):
         found = generate(small, PROMPTS, 4, temperature=0)
     expected = generate(SMALL, PROMPTS, 4, temperature=0)
     assert [row.tolist() for row in found] == [row.tolist() for row in expected]
+
+
+class Plain(Module):
+    """A model without a cache."""
+
+    def __init__(self, model):
+        self.model, self.cfg = model, model.cfg
+
+    def forward(self, ids):
+        return self.model(ids)
+
+
+class WithKVCache(Plain):
+    """One that has a KVCache only."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.new_cache, self.out_head = model.new_cache, model.out_head
+        self.hidden_states = model.hidden_states
+
+
+@interpreted
+@pytest.mark.parametrize("kind", [Plain, WithKVCache])
+def test_other_models(small, kind):
+    for options in ({"temperature": 0}, {"generator": Generator(3)}):
+        expected = generate(SMALL, [1, 2], 2, **{**options, "generator": Generator(3)})
+        found = generate(kind(small), [1, 2], 2, **options)
+        np.testing.assert_array_equal(found, expected)
 
 
 @interpreted

@@ -233,8 +233,8 @@ def _load_kernels(package, which="KERNELS"):
 
 
 def run_fused(name, definition, *arrays, **attributes):
-    """What the fused kernel of that name makes of arrays of one device, without gradients;
-    definition(*arrays, **attributes) where there is none, or where it refuses them: that is counted.
+    """What the fused kernel of that name makes of arrays of one device, without gradients; where
+    there is none, or where it refuses them, which is counted, definition(*arrays, **attributes).
     """
     kernel = current.reading.on(of(arrays[0])).fused.get(name)
     if kernel is not None:

@@ -19,9 +19,7 @@ from ..nn.cache import FEW_QUERIES
 from ..precision import is_narrow
 from ..tensor import Tensor, no_grad
 
-NO_NUMBERS = (
-    "the model's logits are nan or infinite: expected finite ones, use another checkpoint"
-)
+NO_NUMBERS = "the model's logits are nan or infinite: expected finite ones, use another checkpoint"
 _RUNS = 3  # of a step that is recorded: two for real, and the recording
 
 
@@ -98,11 +96,12 @@ class DeviceTexts:
         self._texts = [text[:n] for text, n in zip(texts, counts)]  # if this is interrupted
         self._step.cache.keep(counts)
         last = np.array([text[-1] for text in texts])
-        if max(map(len, new)) == 1 and 0 <= last.min() and last.max() < self.model.cfg.vocab_size:
+        exist = (last >= 0) & (last < self.model.cfg.vocab_size)
+        if max(map(len, new)) == 1 and exist.all():
             self._step.ids[...] = self.where.put(last)
             logits = self._next()
         else:
-            logits = self._step.fill(new)
+            logits = self._step.fill(new)  # which says so if an id does not exist
         self._texts = texts
         return logits
 
