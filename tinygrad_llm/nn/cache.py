@@ -10,6 +10,8 @@ from ..device import of
 from ..tensor import Tensor, is_grad_enabled
 from .layers import check_sizes
 
+FEW_QUERIES = 16  # of a row: those that the kernel `decode` takes
+
 
 class LayerCache:
     """Of one attention layer: keys and values (B, H, context_length, D), of which the first
@@ -48,12 +50,7 @@ class LayerCache:
 
     def select(self, rows: np.ndarray) -> None:
         """Row b becomes what row rows[b] was; there may be more or fewer rows than before."""
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            filled = old[of(old).put(rows), :, : self.length]  # a copy
-            if len(rows) != len(old):
-                setattr(self, name, of(old).xp.empty((len(rows), *old.shape[1:]), old.dtype))
-            getattr(self, name)[:, :, : self.length] = filled
+        _select(self, rows, self.length)
 
 
 class KVCache:
@@ -184,7 +181,7 @@ class StaticCache:
         if len(rows) != len(self.counts):
             self._rows.resize(len(rows))
         for layer in self.layers:
-            layer.select(rows, longest)
+            _select(layer, rows, longest)
         self.keep(counts)
 
     def positions(self, T: int) -> np.ndarray:
@@ -231,27 +228,14 @@ class StaticLayerCache:
         rows, T = self._rows, k.shape[-2]
         _check("StaticCache", k, self.keys, int(rows.counts.max()))
         run_fused("append", _append, k.data, v.data, self.keys, self.values, rows.lengths)
-        same = (rows.counts == rows.counts[0]).all()
         arrays = q.data, self.keys, self.values, rows.ends
         if T <= FEW_QUERIES:
             return Tensor(run_fused("decode", _decode, *arrays, window=window))
-        if not same or window is not None:
-            return Tensor(_decode(*arrays, window=window))
         S, R = int(rows.counts[0]) + T, q.shape[1] // k.shape[1]
+        if (rows.counts != S - T).any() or window is not None:
+            return Tensor(_decode(*arrays, window=window))
         k, v = (Tensor(_shared(x[:, :, :S], R)) for x in (self.keys, self.values))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-    def select(self, rows: np.ndarray, longest: int) -> None:
-        """Row b becomes what row rows[b] was, up to position `longest`."""
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            chosen = old[of(old).put(rows), :, :longest]  # a copy
-            if len(rows) != len(old):
-                setattr(self, name, of(old).xp.empty((len(rows), *old.shape[1:]), old.dtype))
-            getattr(self, name)[:, :, :longest] = chosen
-
-
-FEW_QUERIES = 16  # of a row: those that the kernel `decode` takes
 
 
 def _append(k, v, keys, values, lengths):
@@ -276,6 +260,18 @@ def _decode(q, keys, values, lengths, window=None):
     )
     tensors = map(Tensor, (q, keys, values, seen))
     return F.scaled_dot_product_attention(*tensors).data
+
+
+def _select(layer, rows, length):
+    """Row b of a layer's keys and values becomes what row rows[b] was, up to position `length`: in
+    place if there are as many rows as before.
+    """
+    for name in ("keys", "values"):
+        old = getattr(layer, name)
+        filled = old[of(old).put(rows), :, :length]  # a copy
+        if len(rows) != len(old):
+            setattr(layer, name, of(old).xp.empty((len(rows), *old.shape[1:]), old.dtype))
+        getattr(layer, name)[:, :, :length] = filled
 
 
 def _shared(x, R):
