@@ -181,14 +181,16 @@ def test_what_was_interrupted_mixes_no_texts(where, monkeypatch):
     def forward(*_):
         raise KeyboardInterrupt
 
-    decoder, texts = on_numpy(), some_ids(0, 3, 1, 9)
+    texts = some_ids(0, 2, 1, 9)
     texts[:, :, :2] = 5
-    decoder(texts[0, :, :6])
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(where, "forward", forward)
-        decoder(texts[1])
-    for text in (texts[0], texts[2], texts[1]):
-        close(decoder(text), last_logits(text))
+    for first in (0, 1):
+        decoder = on_numpy()
+        decoder(texts[0, :, :6])
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(where, "forward", forward)
+            decoder(texts[1])
+        for text in (texts[first], texts[1 - first]):
+            close(decoder(text), last_logits(text))
 
 
 def test_a_caller_may_change_its_ids():
@@ -219,11 +221,12 @@ def test_the_host_reads_only_what_was_chosen(small, recordings, monkeypatch):
     read = []
     get = DeviceArray.get
     monkeypatch.setattr(DeviceArray, "get", lambda x, **how: read.append(x.shape) or get(x, **how))
-    ids, options = some_ids(1, 2, 3), {"temperature": 0, "vocab_size": 6}
-    found = generate(small, ids, 4, **options)
-    assert read == [(2,)] * 4
-    assert found[:, 3:].max() < 6 <= generate(SMALL, ids, 4, temperature=0)[:, 3:].max()
-    np.testing.assert_array_equal(found, generate(SMALL, ids, 4, **options))
+    ids = some_ids(1, 2, 8)
+    limit = generate(SMALL, ids, 5, temperature=0)[:, 8:].max()  # the id that is now left out
+    options = {"temperature": 0, "vocab_size": limit}
+    found = generate(small, ids, 5, **options)
+    assert read == [(2,)] * 5  # until the context is full
+    np.testing.assert_array_equal(found, generate(SMALL, ids, 5, **options))
     assert len(recordings) == 1
 
 
