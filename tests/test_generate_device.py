@@ -94,6 +94,18 @@ def test_rows_grow_in_pieces_of_different_lengths(data, seed):
             assert cache.length == counts.max()
 
 
+def test_many_tokens_for_rows_of_different_lengths():
+    ids, cache = some_ids(0, 2, CONTEXT), EXACT.eval().new_static_cache(2)
+    with no_grad():
+        EXACT(ids[:, :4], cache=cache)
+        for counts in ([4, 2], [2, 4]):
+            cache.keep(counts)
+            piece = np.stack([row[n : n + 18] for row, n in zip(ids, counts)])
+            found = EXACT(piece, cache=cache).data
+            for b, n in enumerate(counts):
+                close(found[b], EXACT(ids[b : b + 1, : n + 18]).data[0, n:])
+
+
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("window", [None, 1, 3, 20])
 @pytest.mark.parametrize("first, then", [(3, 1), (1, 18), (18, 4), (2, 17)])
