@@ -720,6 +720,10 @@ def test_staging_and_readback_with_cupy(cupy):
     assert readback.wait().tolist() == (IDS + 2).tolist()
     started = ["get, blocking=False", "event.record"]
     assert fake.calls == ["pinned 24", *started, *started, "event.synchronize"]
+    readback.start(staging.arrays["ids"])
+    fake.calls.clear()
+    del readback  # whose memory may then be someone else's
+    assert fake.calls == ["event.synchronize"]
 
 
 def test_without_a_gpu_it_says_so(monkeypatch):

@@ -234,6 +234,19 @@ def _load_kernels(package, which="KERNELS"):
     return found
 
 
+def run_fused(name, definition, *arrays, **attributes):
+    """What the fused kernel of that name makes of arrays of one device, without gradients; where
+    there is none, or where it refuses them, which is counted, definition(*arrays, **attributes).
+    """
+    kernel = current.reading.on(of(arrays[0])).fused.get(name)
+    if kernel is not None:
+        try:
+            return kernel.forward(*arrays, **attributes)[0]
+        except (TypeError, ValueError) as error:  # before anything was launched
+            refusals[name, str(error)] += 1
+    return definition(*arrays, **attributes)
+
+
 def kernel_module(device, name):
     """The module of a device's kernels that has those of no op, such as "optim"; None where there
     is none, or where kernels are switched off.
@@ -290,7 +303,9 @@ FUSED = (
     "self_attention",
     "seeded_dropout",
     "linear_cross_entropy",
-)  # kernels for several ops: tensor.fused
+    "append",
+    "decode",
+)  # kernels for several ops: tensor.fused, run_fused
 
 
 class _Current(threading.local):

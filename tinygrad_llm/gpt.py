@@ -22,6 +22,7 @@ from .nn import (
     Module,
     ModuleList,
     Parameter,
+    StaticCache,
     TransformerBlock,
     no_init,
     recompute,
@@ -220,14 +221,15 @@ class GPT(Module):
         self,
         ids: Tensor | ArrayLike,
         segments: Tensor | ArrayLike | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | StaticCache | None = None,
     ) -> Tensor:
         """Logits of the token that follows each of the given ones.
 
         ids         (B, T) integers, a Tensor or an array -> (B, T, V)
         segments    (B, T) integers, for rows packed with several documents: a token sees its own
                     document only, and positions start again at 0 in each
-        cache       of new_cache: the ids follow the tokens in it, and are added to it
+        cache       of new_cache or new_static_cache: the ids follow the tokens in it, and are added
+                    to it
         Raises ValueError for other shapes or more than context_length tokens, IndexError for ids
         that are not in the vocabulary, TypeError for ids that are no integers.
         """
@@ -240,7 +242,7 @@ class GPT(Module):
         self,
         ids: Tensor | ArrayLike,
         segments: Tensor | ArrayLike | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | StaticCache | None = None,
     ) -> Tensor:
         """What the output head reads, (B, T, C); the arguments are those of forward."""
         x = self._hidden_states(ids, segments, cache)  # (B, T, C)
@@ -280,9 +282,18 @@ class GPT(Module):
 
         padding     (B,) how many of each row's first tokens are none; default: no padding
         """
+        return KVCache(*self._cache_sizes(batch), padding, self.device)
+
+    def new_static_cache(self, batch: int = 1) -> StaticCache:
+        """An empty cache for `batch` rows whose arrays stay where they are: for forward inside
+        no_grad(), and for steps of one token a row that are recorded as a CUDA graph.
+        """
+        return StaticCache(*self._cache_sizes(batch), self.device)
+
+    def _cache_sizes(self, batch):
         C, H = self.cfg.emb_dim, self.cfg.n_heads
         sizes = self.cfg.n_layers, batch, H, self.cfg.context_length, C // H
-        return KVCache(*sizes, self.tok_emb.weight.dtype, padding, self.device)
+        return *sizes, self.tok_emb.weight.dtype
 
     def loss(
         self,

@@ -240,6 +240,10 @@ class Readback:
         _wait_for(self._event)
         return np.array(self._pinned)
 
+    def __del__(self):
+        with contextlib.suppress(Exception):  # when Python ends, CUDA may have ended before
+            _wait_for(self._event)  # or the copy would come into memory that is someone else's
+
 
 def _wait_for(event):
     if event is not None:

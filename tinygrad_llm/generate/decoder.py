@@ -1,16 +1,17 @@
 """The logits that follow a text, where only what is new in it is computed."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from ..tensor import no_grad
+from ..device import of
+from ..precision import is_narrow
+from .device import NO_NUMBERS, DeviceTexts, evaluating
 
 
 class Decoder:
-    """ids (B, T) -> the logits after each row's last token, (B, V).
+    """ids (B, T) -> the logits after each row's last token, (B, V), on the host.
 
     Keys and values of what it was given before stay in a KV cache, and the beginning that the ids
     share with that is not computed again: a text that grows costs one token a call.
@@ -22,13 +23,18 @@ class Decoder:
 
     What is kept belongs to the weights that computed it: after they change, make a new Decoder.
 
-    A model without `new_cache` is called as `model(ids)`, and everything is computed each time.
+    A model without `new_cache` is called as `model(ids)`, and everything is computed each time. A
+    GPT on a GPU has a static cache, and the step of one token a row is a CUDA graph: see device.py.
+
+    why_no_graph    why that step is launched kernel by kernel; None if it is not, or not yet known
     """
 
     def __init__(self, model: Any):
         self.model = model
-        self._cache = None
-        self._ids = np.empty((0, 0), np.int64)  # those in the cache
+        static = hasattr(model, "new_static_cache") and model.device != "cpu"
+        self._kept = DeviceTexts(model) if static else _Texts(model)
+
+    why_no_graph = property(lambda self: self._kept.why_no_graph)
 
     def __call__(self, ids: np.ndarray, padding: np.ndarray | None = None) -> np.ndarray:
         """padding: (B,), how many of a row's first ids are none, to make rows equally long. What a
@@ -36,24 +42,53 @@ class Decoder:
 
         Raises FloatingPointError for logits that are nan or infinite; what the model raises.
         """
-        cut = max(ids.shape[1] - self.model.cfg.context_length, 0)
-        ids = ids[:, cut:]
-        if padding is not None:
-            padding = np.maximum(padding - cut, 0) if padding.max() > cut else None
-        with evaluating(self.model), np.errstate(all="ignore"):  # what is no number is found below
-            logits = self._logits(ids, padding)
+        ids, padding = self._cropped(ids, padding)
+        logits = self._kept.logits(ids, padding)
+        logits = of(logits).numpy(logits)
+        logits = logits.astype(np.float32) if is_narrow(logits) else logits
         if not np.isfinite(logits.max(axis=-1)).all():  # nan wins every maximum
-            raise FloatingPointError(
-                "the model's logits are nan or infinite: expected finite ones, use another "
-                "checkpoint"
-            )
+            raise FloatingPointError(NO_NUMBERS)
         return logits
+
+    def likeliest(
+        self, ids: np.ndarray, padding: np.ndarray | None, most: int, vocab_size: int
+    ) -> Iterator[np.ndarray]:
+        """Yields the likeliest token that follows each row, (B,), then the one after that, and so
+        on, at most `most` times: a device that feeds itself. It ends when it can't go on, on the
+        CPU at once; the call for ids that have grown by what it gave does.
+
+        vocab_size  only ids below it are chosen
+        Raises as the call does.
+        """
+        ids, padding = self._cropped(ids, padding)
+        return self._kept.likeliest(ids, padding, most, vocab_size)
 
     def select(self, rows: np.ndarray) -> None:
         """Row b of what is kept becomes what row rows[b] was, as beam search needs it."""
-        if self._cache is not None and not np.array_equal(rows, np.arange(len(self._ids))):
-            self._cache.select(rows)
-            self._ids = self._ids[rows]
+        self._kept.select(rows)
+
+    def _cropped(self, ids, padding):
+        """The last tokens, as many as the model can see."""
+        cut = max(ids.shape[1] - self.model.cfg.context_length, 0)
+        if padding is not None:
+            padding = np.maximum(padding - cut, 0) if padding.max() > cut else None
+        return ids[:, cut:], padding
+
+
+class _Texts:
+    """The texts whose keys and values are in a KVCache."""
+
+    why_no_graph = None
+
+    def __init__(self, model):
+        self.model = model
+        self._cache = None
+        self._ids = np.empty((0, 0), np.int64)  # those in the cache
+
+    def logits(self, ids, padding):
+        """(B, V), of each row's last token."""
+        with evaluating(self.model), np.errstate(all="ignore"):  # the Decoder looks for nan
+            return self._logits(ids, padding)
 
     def _logits(self, ids, padding):
         if not hasattr(self.model, "new_cache"):
@@ -67,6 +102,15 @@ class Decoder:
         self._ids = ids
         return logits
 
+    def likeliest(self, *_):
+        """Nothing: NumPy does not go on while someone else computes."""
+        return iter(())
+
+    def select(self, rows):
+        if self._cache is not None and not np.array_equal(rows, np.arange(len(self._ids))):
+            self._cache.select(rows)
+            self._ids = self._ids[rows]
+
     def _known(self, ids, padding):
         """Makes the cache hold a beginning of the ids, not all of them; returns how long it is."""
         if self._cache is None or len(self._ids) != len(ids):
@@ -77,20 +121,6 @@ class Decoder:
         same = (self._ids[:, :n] == ids[:, :n]).all(axis=0)  # (n,)
         self._cache.truncate(n if same.all() else int(same.argmin()))
         return self._cache.length
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Inside: eval mode, so no dropout, and no_grad. Afterwards each module is as it was."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _equal(a, b):

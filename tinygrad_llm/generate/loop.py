@@ -24,6 +24,7 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
+    decoder: Decoder | None = None,
 ) -> np.ndarray | list[np.ndarray]:
     """Continues prompts: an array (B, T) as an array (B, T + n) int64 with n <= max_new_tokens, a
     list of B prompts as a list of B arrays.
@@ -37,6 +38,8 @@ def generate(
     generator    source of randomness; default: the library's own
     stop_id      one id or several that end a row; when every row has ended, n is reached
     vocab_size   only ids below it may be drawn: a model may have more than its tokenizer
+    decoder      of this model, from an earlier call: what its texts share with these is not
+                 computed again, and on a GPU, for as many rows, nothing is recorded again
 
     The prompts of a list may have different lengths. Each is continued as it would be alone (but
     with numbers of the same random stream), and each row of the result ends before its stop_id. In
@@ -44,7 +47,9 @@ def generate(
     prompt (T,) is an array of one row.
 
     The model sees at most its context length: the last tokens of a longer text. Its train or eval
-    mode is as before afterwards.
+    mode is as before afterwards. On a GPU numbers are drawn on the host, from the same stream as on
+    the CPU, and the logits of each step are copied there; only where the likeliest token is always
+    taken does the device go on without the host.
     Raises ValueError for an empty prompt or an argument out of range; TypeError for ids that are no
     integers, or a model without cfg; IndexError for ids outside the vocabulary; FloatingPointError
     for logits that are nan or infinite.
@@ -52,7 +57,8 @@ def generate(
     texts, padding = prompts(ids)
     sampler = Sampler(temperature, top_k, top_p, min_p, repetition_penalty, generator, vocab_size)
     stops = _checked(model, max_new_tokens, sampler, stop_id)
-    columns = list(_continue(Decoder(model), texts, padding, max_new_tokens, sampler, stops))
+    decoder = decoder or Decoder(model)
+    columns = list(_continue(decoder, texts, padding, max_new_tokens, sampler, stops))
     T = texts.shape[1]
     texts = np.concatenate([texts, *(column[:, None] for column in columns)], axis=1)
     if padding is None:
@@ -93,9 +99,14 @@ def stream(
 
 def _continue(decoder, ids, padding, max_new_tokens, sampler, stops) -> Iterator[np.ndarray]:
     """The new tokens of all rows (B,), step by step, until every row has stopped."""
-    stopped = np.zeros(len(ids), bool)
+    stopped, ahead = np.zeros(len(ids), bool), iter(())
+    if sampler.is_greedy:
+        tokens = sampler.vocab_size or decoder.model.cfg.vocab_size
+        ahead = decoder.likeliest(ids, padding, max_new_tokens, tokens)
     for _ in range(max_new_tokens):
-        chosen = sampler(decoder(ids, padding), ids, padding)  # (B,)
+        chosen = next(ahead, None)  # (B,)
+        if chosen is None:
+            chosen = sampler(decoder(ids, padding), ids, padding)
         chosen[stopped] = ids[stopped, -1]  # the stop id that it ended with
         stopped |= np.isin(chosen, stops)
         if stopped.all():

@@ -101,6 +101,11 @@ class Sampler:
                 check(**{name: getattr(self, name)})
         random.or_default(self.generator)
 
+    is_greedy = property(
+        lambda self: self.temperature == 0 and self.repetition_penalty == 1,
+        doc="Whether it takes the likeliest token, whatever came before.",
+    )
+
     def __call__(
         self, logits: np.ndarray, ids: np.ndarray, padding: np.ndarray | None = None
     ) -> np.ndarray:

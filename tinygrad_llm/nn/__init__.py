@@ -2,7 +2,7 @@
 
 from . import init
 from .attention import FeedForward, MultiHeadAttention, TransformerBlock
-from .cache import KVCache, LayerCache
+from .cache import KVCache, LayerCache, StaticCache
 from .init import no_init
 from .layers import (
     GELU,
@@ -50,6 +50,7 @@ __all__ = [
     "Sequential",
     "SiLU",
     "Sigmoid",
+    "StaticCache",
     "Tanh",
     "TransformerBlock",
     "Yarn",

@@ -12,7 +12,7 @@ from .. import functional as F  # noqa: N812 (PyTorch's name for it)
 from ..device import of
 from ..random import Generator, or_default
 from ..tensor import Tensor, fused
-from .cache import LayerCache
+from .cache import LayerCache, StaticLayerCache
 from .init import no_init
 from .layers import (
     GELU,
@@ -93,7 +93,7 @@ class MultiHeadAttention(Module):
         self,
         x: Tensor,
         mask: Tensor | np.ndarray | None = None,
-        cache: LayerCache | None = None,
+        cache: LayerCache | StaticLayerCache | None = None,
         segments: np.ndarray | None = None,
     ) -> Tensor:
         """x (..., T, d_in) -> (..., T, d_out); in a GPT, ... is B.
@@ -129,10 +129,14 @@ class MultiHeadAttention(Module):
 
     def _attend(self, qkv, mask, cache, segments):
         """What each token collects: (B, T, C + 2 C / R) -> (B, T, C), the heads side by side."""
+        q, k, v = (self._heads(qkv[..., part]) for part in self._parts())  # (B, H, T, D)
+        if isinstance(cache, StaticLayerCache):
+            self._check_static(mask, segments)
+            y = cache.attend(q, k, v, self.window if self.window < self.context_length else None)
+            return y.transpose(-3, -2).flatten(-2)  # (B, T, C)
         T, start = qkv.shape[-2], 0 if cache is None else cache.length
         if segments is not None:
             mask = segment_mask(of(segments).numpy(segments))  # (B, 1, T, T)
-        q, k, v = (self._heads(qkv[..., part]) for part in self._parts())  # (B, H, T, D)
         if self.rope is not None:
             q, k = self.rope(q, start), self.rope(k, start)
         if cache is not None:
@@ -152,6 +156,13 @@ class MultiHeadAttention(Module):
         )  # (B, H, T, D)
         y = y.reshape(*qkv.shape[:-2], self.n_heads, T, self.head_dim)
         return y.transpose(-3, -2).flatten(-2)  # (B, T, C)
+
+    def _check_static(self, mask, segments):
+        if mask is not None or segments is not None or self.rope is not None:
+            raise ValueError(
+                "MultiHeadAttention: a StaticCache goes without masks, segments and rope; use a "
+                "KVCache"
+            )
 
     def _parts(self):
         """Which channels of qkv are queries, keys and values."""
@@ -272,7 +283,7 @@ class TransformerBlock(Module):
         self,
         x: Tensor,
         mask: Tensor | np.ndarray | None = None,
-        cache: LayerCache | None = None,
+        cache: LayerCache | StaticLayerCache | None = None,
         segments: np.ndarray | None = None,
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C); the others as in MultiHeadAttention."""
