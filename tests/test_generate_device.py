@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tinygrad_llm.kernels.gpu import decode, graph
+from tinygrad_llm.kernels.gpu.driver import INTERPRETED
+from tinygrad_llm.kernels.gpu.simulated import DeviceArray
 
 from tinygrad_llm import Tensor, backend, no_grad
 from tinygrad_llm.generate import Decoder, beam_search, generate, stream
 from tinygrad_llm.generate.device import DeviceTexts
 from tinygrad_llm.gpt import GPT, GPTConfig
-from tinygrad_llm.kernels.gpu import decode, graph
-from tinygrad_llm.kernels.gpu.driver import INTERPRETED
-from tinygrad_llm.kernels.gpu.simulated import DeviceArray
 from tinygrad_llm.nn import Module, MultiHeadAttention, RotaryEmbedding, StaticCache
 from tinygrad_llm.nn.cache import FEW_QUERIES
 from tinygrad_llm.random import Generator
