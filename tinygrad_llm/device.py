@@ -8,6 +8,7 @@
 A device is asked for by its name; an array is asked for its device by `of`.
 """
 
+import ctypes
 import functools
 import importlib
 import os
@@ -16,16 +17,26 @@ import sys
 
 import numpy as np
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 NAMES = "cpu, cuda, cuda:0, cuda:1, ... or interpret"
 
 
 class Device:
-    """One place for arrays. name: as above; xp: the namespace of its arrays, like NumPy's."""
+    """One place for arrays.
+
+    name    as above
+    title   that, and of a GPU what it is: "cuda:0, NVIDIA H200"
+    xp      the namespace of its arrays, like NumPy's
+    """
 
     kernels = ""  # the package with its kernels
 
     def __init__(self, name, xp):
-        self.name, self.xp = name, xp
+        self.name, self.title, self.xp = name, name, xp
 
     def __repr__(self):
         return f"<device {self.name}>"
@@ -49,13 +60,24 @@ class Device:
         """Waits until all that was asked for is done."""
 
     def memory(self):
-        """Bytes: {"held": by this process, "free": nobody's, "total": of the device}; {} if nobody
-        knows.
+        """Bytes: {"held": by this process at most so far, "free": nobody's, "total": of the
+        device}, without what nobody knows.
         """
         return {}
 
     def _from_host(self, x):
         return x
+
+
+class _Host(Device):
+    def memory(self):
+        found = {}
+        if hasattr(os, "sysconf"):  # not on Windows
+            found["total"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if resource is not None:
+            unit = 1 if sys.platform == "darwin" else 1024
+            found["held"] = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return found
 
 
 class _Interpreted(Device):
@@ -75,6 +97,7 @@ class _Cuda(Device):
         super().__init__(f"cuda:{number}", cupy)
         self._device = cupy.cuda.Device(number)
         self._pool = cupy.get_default_memory_pool()
+        self.title = f"{self.name}, {cupy.cuda.runtime.getDeviceProperties(number)['name'].decode()}"
 
     def make_current(self):
         self._device.use()
@@ -98,7 +121,7 @@ class _Cuda(Device):
             return {"held": self._pool.total_bytes(), "free": free, "total": total}
 
 
-CPU = Device("cpu", np)
+CPU = _Host("cpu", np)
 
 
 # --- by name --------------------------------------------------------------------------------------
@@ -118,7 +141,7 @@ def device(name):
         raise ValueError(f"there is no device {name!r}; expected {NAMES}")
     reason = why_no_gpu()
     if reason is not None:
-        raise ValueError(f"{name} cannot be used: {reason}")
+        raise ValueError(f"{name} cannot be used: {reason}; without a GPU, use cpu")
     cupy, number = sys.modules["cupy"], name.partition(":")[2]
     count = cupy.cuda.runtime.getDeviceCount()
     if number and int(number) >= count:
@@ -142,13 +165,17 @@ def automatic():
 
 @functools.cache
 def why_no_gpu():
-    """Why no GPU can be used, in a few words that end with what to do; None if one can."""
+    """Why no GPU can be used, in a few words, and what helps if anything does; None if one can."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET=1 is set, which is for the device interpret: unset it"
     try:
+        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return "there is no NVIDIA driver here"
+    try:
         cupy = importlib.import_module("cupy")
-    except ImportError:
-        return "CuPy is not installed: pip install 'tinygrad_llm[gpu]'"
+    except ImportError as error:
+        return f"CuPy is not installed ({error}): pip install 'tinygrad_llm[gpu]'"
     try:
         cupy.cuda.runtime.getDeviceCount()
     except Exception as error:  # CuPy's own class, which exists only where CuPy does
@@ -161,7 +188,7 @@ def why_no_gpu():
 
 
 _REASONS = {  # by CUDA's error codes
-    100: "there is no NVIDIA GPU here: use cpu",
+    100: "there is no NVIDIA GPU here",
     35: "the NVIDIA driver is older than this CuPy needs: update it, or install a CuPy for an "
     "older CUDA",
     3: "CUDA cannot be started, perhaps for want of a GPU or a driver: run nvidia-smi to see",

@@ -14,15 +14,17 @@ from numpy.typing import NDArray
 from . import backend, random
 from .device import device
 from .gpt import GPT
-from .optim import AdamW, LossScale, clip_grad_norm_
+from .optim import AdamW, LossScale, clip_grad_norm_, kernels_for
 from .parallel import IGNORED, Shards
 from .precision import is_narrow
 from .tensor import Tensor, leaf_gradients
 
 
 def make_step(model: GPT, optimizer: AdamW, **settings) -> "HostStep | DeviceStep":
-    """The step for where the model is. settings: what HostStep takes."""
-    kind = HostStep if model.device == "cpu" else DeviceStep
+    """The step for where the model is: on a GPU whose kernels are switched off, as on the CPU.
+    settings: what HostStep takes.
+    """
+    kind = HostStep if kernels_for(list(model.parameters())) is None else DeviceStep
     return kind(model, optimizer, **settings)
 
 
@@ -35,6 +37,8 @@ class _Step:
     generator       draws the dropout masks
     shards          the CPU's threads
     """
+
+    why_no_graph = None  # why a GPU's steps are launched kernel by kernel, if they are
 
     def __init__(
         self,
@@ -49,8 +53,13 @@ class _Step:
         self.model, self.optimizer = model, optimizer
         self.accumulate, self.max_norm = accumulate, max_norm
         self.generator, self.shards = generator, shards
+        self.where = device(model.device)
         float16 = any(p.dtype == np.float16 for p in model.parameters())
         self.loss_scale = LossScale() if float16 else None
+
+    def memory(self) -> int | None:
+        """Bytes of the device that this process has held at most so far; None if nobody knows."""
+        return self.where.memory().get("held")
 
     def state_dict(self) -> dict:
         """What a restart needs beside the model and the optimizer."""
@@ -89,16 +98,14 @@ class HostStep(_Step):
 
 
 class DeviceStep(_Step):
-    """On a GPU. `why_no_graph` says why its steps are launched kernel by kernel; or is None."""
+    """On a GPU."""
 
     def __init__(self, model, optimizer, **settings):
         super().__init__(model, optimizer, **settings)
-        self.where = device(model.device)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._drops = any(map(model.cfg.dropout, ("emb", "attn", "shortcut")))
         self._graphs = backend.kernel_module(self.where, "graph")
         self._graph = self._staging = None
-        self.why_no_graph = None
         self._scale = None  # that of the loss, on the device
         if self.loss_scale is not None:
             kernels = backend.kernel_module(self.where, "optim")
@@ -167,6 +174,10 @@ class DeviceStep(_Step):
         )
         scale = norm if self._scale is None else self._scale.scale
         return self.where.xp.stack([loss, norm, scale])
+
+    def memory(self) -> int | None:
+        held = super().memory()  # without the pool of the graph
+        return held if None in (held, self._graph) else held + self._graph.memory
 
     def state_dict(self) -> dict:
         if self._scale is not None:

@@ -108,6 +108,7 @@ class Report:
     grad_norm       length of the gradient before it was clipped
     tokens          that training has seen so far
     seconds         that the step took
+    memory          bytes of the device that this process has held at most so far
     best            whether val_loss is below all earlier ones that count
     """
 
@@ -118,6 +119,7 @@ class Report:
     grad_norm: float | None = None
     tokens: int = 0
     seconds: float | None = None
+    memory: int | None = None
     best: bool = False
 
     @property
@@ -187,7 +189,8 @@ class Trainer:
             measured["seconds"] = time.perf_counter() - start
             last = self.step == self.settings.steps
             due = last or self.step % self.settings.eval_interval == 0
-            yield self._report(due, grad_norm=self.grad_norm, **measured)
+            measured |= {"grad_norm": self.grad_norm, "memory": self.update.memory()}
+            yield self._report(due, **measured)
 
     def training_step(self) -> float:
         """One update of the weights; returns the loss before it."""

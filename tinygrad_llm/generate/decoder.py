@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..device import of
 from ..tensor import no_grad
 
 
@@ -42,6 +43,7 @@ class Decoder:
             padding = np.maximum(padding - cut, 0) if padding.max() > cut else None
         with evaluating(self.model), np.errstate(all="ignore"):  # what is no number is found below
             logits = self._logits(ids, padding)
+            logits = of(logits).numpy(logits)
         if not np.isfinite(logits.max(axis=-1)).all():  # nan wins every maximum
             raise FloatingPointError(
                 "the model's logits are nan or infinite: expected finite ones, use another "
