@@ -24,6 +24,7 @@ from tinygrad_llm.check.rounding import spread
 from tinygrad_llm.tensor import grad
 
 ON_GPU = os.environ.get("TRITON_INTERPRET") != "1"  # conftest.py decides
+DEVICE = "cuda" if ON_GPU else "interpret"  # where Tensors are to be
 EPS = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 NUMPY = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 dtypes = st.sampled_from(["float32", "bfloat16", "float16"])

@@ -4,9 +4,10 @@ Weights and activations of bfloat16 or float16 take half the memory of float32, 
 of them are many times as fast on a GPU. What they cannot do is add up: bfloat16 holds three digits,
 and float16 nothing above 65504. So
 
-    ops that only move numbers      work on the 16 bits
-    losses                          compute in float32, and their result is float32
-    all others                      compute in float32 and round once, at the end
+    ops that only move numbers, or      work on the 16 bits
+    round once anyway: NATIVE
+    losses: LOSSES                      compute in float32, and their result is float32
+    all others                          compute in float32 and round once, at the end
 
 A kernel that takes 16 bits keeps these rules inside: its products and sums are float32. And an
 optimizer keeps a float32 copy of every 16-bit parameter, since most steps are smaller than half a
@@ -22,9 +23,9 @@ DTYPES = {
     "float16": np.dtype(np.float16),
 }
 NARROW = (DTYPES["bfloat16"], DTYPES["float16"])
-MOVES = frozenset({
+NATIVE = frozenset({
     "reshape", "permute_dims", "matrix_transpose", "expand_dims", "squeeze", "broadcast_to",
-    "getitem", "put", "concat", "stack", "cast",
+    "getitem", "put", "concat", "stack", "cast", "add", "subtract", "multiply", "negative",
 })  # fmt: skip
 LOSSES = frozenset({
     "cross_entropy", "binary_cross_entropy", "binary_cross_entropy_with_logits", "mse_loss",
@@ -46,7 +47,7 @@ def is_narrow(x):
 
 def in_float32(forward, vjp, saves, name):
     """An op's two functions for arrays some of which are narrow: computed as the table says."""
-    if name in MOVES:
+    if name in NATIVE:
         return forward, vjp
 
     def wide_forward(*arrays, **attributes):

@@ -175,7 +175,7 @@ class CuPyHome:
     module = "cupy"
 
     def __init__(self):
-        self._copies = []  # (event, pinned memory) of those that may still be under way
+        self._copies = []  # [(event, pinned memory)] of those that may be under way
         self._lock = threading.Lock()
 
     def device(self, x):
@@ -223,7 +223,7 @@ class CuPyHome:
             graph.pinned.append(pinned)
             return
         with self._lock:
-            self._copies = [copy for copy in self._copies if not copy[0].done]
+            self._copies = [(e, kept) for e, kept in self._copies if not e.done]
             self._copies.append((self.event(), pinned))
 
     def numpy(self, x):

@@ -111,9 +111,7 @@ def recording():
 
 @contextlib.contextmanager
 def recording_into(graph):
-    """Inside, this graph is being recorded. RuntimeError if another one is."""
-    if _state.recording is not None:
-        raise RuntimeError("a graph is being recorded already: record one after the other")
+    """Inside, this graph is being recorded; one at a time."""
     _state.recording = graph
     try:
         yield

@@ -35,7 +35,8 @@ class GraphError(RuntimeError):
 class Graph:
     """What function() does on the device, to be done again by `replay`.
 
-    function   without arguments. It may launch kernels of any library, on the current stream; it
+    function   without arguments. It computes with CuPy and the kernels of kernels/gpu, on the
+               current stream, but not with CUDA's libraries (CuPy refuses cuBLAS in a capture); it
                must not read a value of the device, copy from ordinary memory of the host (uploads
                by kernels are fine) or decide anything by what changes
     warmups    how often it runs for real before it is recorded: at least once, as kernels are
@@ -110,13 +111,15 @@ class _Captured:
     def record(self, function, warmups):
         current, stream = self._cuda.get_current_stream(), self._stream
         stream.wait_event(current.record())
-        with self._cuda.using_allocator(self._pool.malloc), stream:
-            for _ in range(warmups):
-                function()
-            gc.collect()  # what is freed later would be freed by whatever runs then: the capture
-            with _explained():
-                result = self._capture(function)
-        current.wait_event(stream.record())  # the warm-ups write what a replay reads
+        try:
+            with self._cuda.using_allocator(self._pool.malloc), stream:
+                for _ in range(warmups):
+                    function()
+                gc.collect()  # so that the capture need not free what the warm-ups left behind
+                with _explained():
+                    result = self._capture(function)
+        finally:
+            current.wait_event(stream.record())  # whatever comes next reads what the warm-ups wrote
         self._graph.upload()
         return result
 

@@ -174,10 +174,14 @@ def _conversions_refused():
 # --- computing ------------------------------------------------------------------------------------
 
 
-def _new(run, inputs):
-    """run() on the device; noted down if one of its results is no view of the inputs."""
+def _new(run, inputs=None):
+    """run() on the device; noted down if one of its results is no view of the inputs, which are the
+    arguments if nobody says otherwise.
+    """
     result = _as_arrays(run())
     if (recording := driver.recording()) is not None:
+        if inputs is None:
+            inputs = list(_arrays([*run.args, *run.keywords.values()]))
         views = [any(np.may_share_memory(r, x) for x in inputs) for r in _arrays(result)]
         if not all(views):
             result = _each(_writable, result)
@@ -198,7 +202,7 @@ def _ufunc(ufunc, method, *inputs, out=None, **options):
     if method == "at":
         return _write(run)
     if out is None:
-        return _new(run, _arrays_of(run))
+        return _new(run)
     if any(x is None for x in out):
         raise TypeError(f"{ufunc.__name__} got some of its outputs; expected all or none")
     _write(partial(run, out=_plain(out)))
@@ -217,7 +221,7 @@ def _call(function, arguments, options):
         return out
     if function in _EMPTY:
         return _empty(run)
-    return _new(run, _arrays_of(run))
+    return _new(run)
 
 
 def _empty(run):
@@ -237,7 +241,10 @@ def _output(function, arguments, options):
 @functools.cache
 def _position_of_out(function):
     """Where `out` stands among the arguments; beyond all of them if it has to be named."""
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some that are written in C
+        parameters = {}
     named_only = "out" not in parameters or parameters["out"].kind is inspect.Parameter.KEYWORD_ONLY
     return sys.maxsize if named_only else list(parameters).index("out")
 
@@ -277,10 +284,6 @@ def _arrays(x):
     elif isinstance(x, list | tuple):
         for part in x:
             yield from _arrays(part)
-
-
-def _arrays_of(run):
-    return list(_arrays([*run.args, *run.keywords.values()]))
 
 
 def _each(change, x):
