@@ -83,6 +83,9 @@ class _Host(Device):
 class _Interpreted(Device):
     kernels = "tinygrad_llm.kernels.gpu"
 
+    def memory(self):
+        return {name: n for name, n in CPU.memory().items() if name == "total"}
+
     def _from_host(self, x):
         return self.xp.asarray(x)
 
@@ -97,7 +100,8 @@ class _Cuda(Device):
         super().__init__(f"cuda:{number}", cupy)
         self._device = cupy.cuda.Device(number)
         self._pool = cupy.get_default_memory_pool()
-        self.title = f"{self.name}, {cupy.cuda.runtime.getDeviceProperties(number)['name'].decode()}"
+        what = cupy.cuda.runtime.getDeviceProperties(number)["name"].decode()
+        self.title = f"{self.name}, {what}"
 
     def make_current(self):
         self._device.use()
@@ -145,8 +149,8 @@ def device(name):
     cupy, number = sys.modules["cupy"], name.partition(":")[2]
     count = cupy.cuda.runtime.getDeviceCount()
     if number and int(number) >= count:
-        last = f" to cuda:{count - 1}" if count > 1 else ""
-        raise ValueError(f"there is no {name}: expected cuda:0{last}, as {count} GPU(s) are here")
+        there = f"cuda:0 to cuda:{count - 1}" if count > 1 else "cuda:0, the only GPU here"
+        raise ValueError(f"there is no {name}; expected {there}")
     return _cuda(int(number) if number else cupy.cuda.runtime.getDevice())
 
 
@@ -175,7 +179,8 @@ def why_no_gpu():
     try:
         cupy = importlib.import_module("cupy")
     except ImportError as error:
-        return f"CuPy is not installed ({error}): pip install 'tinygrad_llm[gpu]'"
+        wrong = "is not installed" if error.name == "cupy" else f"cannot be imported ({error})"
+        return f"CuPy {wrong}: pip install 'tinygrad_llm[gpu]'"
     try:
         cupy.cuda.runtime.getDeviceCount()
     except Exception as error:  # CuPy's own class, which exists only where CuPy does
@@ -206,7 +211,7 @@ def _cuda(number):
 @functools.cache
 def _interpreted():
     if os.environ.get("TRITON_INTERPRET") != "1":
-        if "triton" in sys.modules:
+        if sys.modules.get("triton") is not None:
             raise ValueError(
                 "interpret needs TRITON_INTERPRET=1 in the environment before Triton is imported"
             )
