@@ -35,7 +35,7 @@ def call(tmp_path, monkeypatch, capsys):
     """The command in this process: call(line) -> (exit code, stdout, stderr)."""
     (tmp_path / "text").write_text(TEXT)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys.modules["tinygrad_llm.cli.train"], "SAMPLE_TOKENS", 2)
+    monkeypatch.setattr(sys.modules["tinygrad_llm.cli.train"], "SAMPLE_TOKENS", 0)
 
     def run(line):
         monkeypatch.setattr(sys, "argv", ["tinygrad-llm", *shlex.split(line)])
@@ -163,8 +163,8 @@ def states_of(directory):
 
 @interpreted
 def test_training_that_goes_on_is_the_same_bit_for_bit(call, tmp_path):
-    options = "--device interpret --dtype bfloat16 --dropout 0.1 --accumulate 2 --quiet"
-    code, _, err = call(f"train --data text {TINY} {options} --eval-interval 1 --out run")
+    options = "--heads 1 --batch-size 1 --dtype bfloat16 --dropout 0.1 --eval-interval 1 --quiet"
+    code, _, err = call(f"train --data text {TINY} {options} --device interpret --out run")
     assert code == 0, err
     shutil.copytree("run", "again")
     again = "train --out again --resume-from step-00000001 --device interpret --quiet"
@@ -183,9 +183,9 @@ def test_training_that_goes_on_is_the_same_bit_for_bit(call, tmp_path):
 
 
 @interpreted
-@pytest.mark.parametrize("kernels", ["off", "off:linear,mlp,optim"])
+@pytest.mark.parametrize("kernels", ["off", "off:mlp,optim"])
 def test_kernels_that_are_switched_off(call, tmp_path, kernels):
-    options = f"train --data text {TINY} --quiet"
+    options = f"train --data text {TINY} --heads 1 --steps 1 --quiet"
     assert call(f"{options} --out cpu --device cpu")[0] == 0
     code, _, err = call(f"{options} --out run --device interpret --kernels {kernels}")
     assert code == 0, err
@@ -201,7 +201,9 @@ def test_a_step_that_is_no_graph_is_said_once(call, monkeypatch):
         raise graph.GraphError("something waits")
 
     monkeypatch.setattr(graph, "Graph", refuse)
-    code, out, _ = call(f"train --data text {TINY} --out run --device interpret")
+    code, out, _ = call(
+        f"train --data text {TINY} --heads 1 --batch-size 1 --out run --device interpret"
+    )
     assert code == 0 and out.startswith("device: interpret\n")
     assert out.count("steps are launched kernel by kernel: something waits\n") == 1
     assert "peak memory" not in out  # which of the interpreter nobody knows
@@ -244,7 +246,7 @@ def test_the_estimate_for_the_cpu_is_what_training_takes(options, less):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     estimate = memory.training_bytes(cfg, {**options, "dtype": dtype}, device.CPU)
-    assert peak / 1.5 < estimate < 1.05 * peak
+    assert peak / 1.5 < estimate < 1.15 * peak
 
 
 @interpreted
@@ -268,16 +270,18 @@ def test_the_estimate_for_a_gpu_is_what_a_forward_pass_keeps(dtype, rate):
 
 def test_what_does_not_fit_is_refused_with_both_numbers(call, monkeypatch):
     monkeypatch.setattr(device.CPU, "memory", lambda: {"free": 3 << 20, "total": 1 << 40})
-    parts = "this needs at least ", " MiB, and cpu has 3.00 MiB that are free: use --dtype bfloat16"
+    parts = "this needs about ", " MiB, and cpu has 3.00 MiB that are free: use --dtype bfloat16"
     assert refused(*call("train --data text --device cpu --quiet"), *parts, "--batch-size")
 
 
-@pytest.mark.parametrize("status", [None, 2])
-def test_memory_that_runs_out_on_the_way_is_one_line(call, monkeypatch, status):
-    """Of NumPy and CuPy, a MemoryError; of CUDA itself, an error with its number."""
-    error = MemoryError() if status is None else RuntimeError("cudaErrorMemoryAllocation")
-    if status is not None:
-        error.status = status
+class CUDAError(RuntimeError):
+    """As CuPy raises it for what CUDA allocates by itself."""
+
+    status = 2
+
+
+@pytest.mark.parametrize("error", [MemoryError, CUDAError])
+def test_memory_that_runs_out_on_the_way_is_one_line(call, monkeypatch, error):
     start = step.HostStep.start
 
     def full(self, *inputs):
@@ -290,14 +294,14 @@ def test_memory_that_runs_out_on_the_way_is_one_line(call, monkeypatch, status):
         patch.setattr(step.HostStep, "start", full)
         code, out, err = call(f"train --data text {TINY} {options} --out run")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    for part in ("cpu is out of memory: such a run takes at least ", "--batch-size", "is kept"):
+    for part in ("cpu is out of memory: such a run takes about ", "--batch-size", "is kept"):
         assert part in err
-    assert call("train --out run --resume --quiet --device cpu")[0] == 0
-    assert len(log_of(Path("run"))) == 3
+    assert call("train --out run --resume --quiet --device cpu") == (0, "run\n", "")
+    assert [line["step"] for line in log_of(Path("run"))] == [0, 1, 2]
 
     def no_room(*arguments):
         raise error
 
     monkeypatch.setattr(Decoder, "__call__", no_room)
-    code, _, err = call("generate --model run to --device cpu")
-    assert code == 2 and "cpu is out of memory: use --dtype bfloat16" in err.splitlines()[-1]
+    code, _, err = call("generate --model run to")
+    assert code == 2 and err.startswith("tinygrad-llm: cpu is out of memory: use --dtype bfloat16")

@@ -14,38 +14,54 @@ CHUNK_ROWS = 2048
 
 
 def check_memory(where: Device, needed: int, what_to_change: str) -> None:
-    """Raises ValueError for what certainly does not fit into the device's memory."""
+    """Raises ValueError for what does not fit into the device's memory."""
     known = where.memory()
     for name in ("free", "total"):
         if known.get(name, needed) < needed:
             raise ValueError(
-                f"this needs at least {in_bytes(needed)}, and {where.name} has "
+                f"this needs about {in_bytes(needed)}, and {where.name} has "
                 f"{in_bytes(known[name])}{' that are free' * (name == 'free')}: {what_to_change}"
             )
 
 
 def training_bytes(cfg: GPTConfig, options: dict[str, Any], where: Device) -> int:
-    """Bytes that training takes at its peak, at least: weights, gradients, AdamW's state and what
+    """Bytes that training takes at its peak, about: weights, gradients, AdamW's state, and what
     the forward pass keeps. options: those of `train`.
     """
-    on_gpu, n = where.name != "cpu", cfg.num_parameters()
-    size = dtype_named(options["dtype"]).itemsize
-    narrow, pieces = size < 4, options["accumulate"]
-    gradient = 4 if narrow and (pieces > 1 or not on_gpu) else size
-    shares = 1 if on_gpu else min(options["threads"], options["batch_size"])
-    state = size + shares * gradient + 2 * 4 + 4 * narrow  # also the float32 copy of 16 bits
+    on_gpu, size = where.name != "cpu", dtype_named(options["dtype"]).itemsize
+    states = _state_bytes(cfg, options, on_gpu, size) * cfg.num_parameters()
     tokens = options["batch_size"] * cfg.context_length
-    kept = kept_on_gpu if on_gpu else kept_numbers
-    numbers = kept(cfg)
-    if options["recompute"]:  # of one block, and the inputs of all
-        numbers = kept(replace(cfg, n_layers=1)) + cfg.n_layers * cfg.emb_dim
-    if on_gpu:  # a chunk of the logits, and the gradient of the head
-        row = cfg.vocab_size * size
-        chunk = min(tokens, max(CHUNK_ROWS, CHUNK // row))
-        logits = chunk * row + 4 * cfg.vocab_size * cfg.emb_dim
-    else:  # their gradient; of 16 bits, also a float32 copy
-        logits = tokens * cfg.vocab_size * 4 * (1 + narrow)
-    return n * state + tokens * numbers * size + logits
+    block, ends = _kept(cfg, kept_on_gpu if on_gpu else kept_numbers)
+    head = tokens * ends * size + _logits_bytes(cfg, tokens, on_gpu, size)
+    if not options["recompute"]:
+        return states + tokens * cfg.n_layers * block * size + head
+    inputs = tokens * cfg.n_layers * cfg.emb_dim * size  # of all blocks, and one in full
+    return states + inputs + max(head, tokens * block * size)
+
+
+def _state_bytes(cfg, options, on_gpu, size):
+    """Of each parameter: itself, its gradients, AdamW's two means, the float32 copy of 16 bits."""
+    dropout = any(map(cfg.dropout, ("emb", "attn", "shortcut")))
+    shares = 1 if on_gpu or dropout else min(options["threads"], options["batch_size"])
+    gradients = shares * (size if on_gpu else 4)
+    if options["accumulate"] > 1:
+        gradients += 4  # their sum
+    return size + gradients + 2 * 4 + (4 if size < 4 else 0)
+
+
+def _logits_bytes(cfg, tokens, on_gpu, size):
+    """What the output head needs beside what is kept."""
+    if not on_gpu:  # the logits' gradient; of 16 bits, a float32 copy, too
+        return tokens * cfg.vocab_size * (4 if size == 4 else 8)
+    row = cfg.vocab_size * size
+    chunk = min(tokens, max(CHUNK_ROWS, CHUNK // row))
+    return chunk * row + 4 * cfg.vocab_size * cfg.emb_dim  # and the head's gradient
+
+
+def _kept(cfg, numbers):
+    """(numbers of one block, of all that is no block) that are kept of each token."""
+    one, two = (numbers(replace(cfg, n_layers=n)) for n in (1, 2))
+    return two - one, 2 * one - two
 
 
 def kept_on_gpu(cfg: GPTConfig) -> int:

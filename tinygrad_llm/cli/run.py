@@ -61,7 +61,7 @@ class Run:
     prompt: str  # the samples continue it
     log: Log
     lock: BinaryIO
-    memory: int  # bytes that it takes, at least
+    memory: int  # bytes that it takes, about
 
     def save(self) -> None:
         """The model, and last the checkpoint: it alone decides where --resume goes on."""

@@ -217,7 +217,7 @@ def _train(run: Run, screen: Screen) -> int:
     """Trains to the end or to Ctrl-C; returns the exit code."""
     trainer, steps = run.trainer, run.trainer.settings.steps
     clock, said = Clock(trainer), False
-    less = f"such a run takes at least {in_bytes(run.memory)}; in a new one, {LESS} or --dim"
+    less = f"such a run takes about {in_bytes(run.memory)}; in a new one, {LESS} or --dim"
     memory = enough_memory(trainer.update.where, f"{less}; what was saved is kept")
     with memory, StopSignal() as stop, screen.progress("training") as show:
         for report in trainer.run():
