@@ -178,7 +178,6 @@ def train(
                 summary_writer()  # before anything else: is there one?
             _use_size(options, given)
             where, said = chosen(device, kernels)
-            screen.say(said)
             if going_on:
                 more = steps if "steps" in given else None
                 run = resumed_run(
@@ -190,6 +189,7 @@ def train(
                         "--vocab-size is of a vocabulary to learn, --tokenizer has one"
                     )
                 run = new_run(out, options, steps, patience, tensorboard, where, screen)
+        screen.say(said)
         return _train(run, screen)
     except KeyboardInterrupt:  # before the first step, or the second one after it
         return _say_stopped(run, going_on)
