@@ -1,30 +1,35 @@
 """What every kernel of kernels/gpu stands on: launching without PyTorch, arrays of any library,
 the mended interpreter, tables of tile sizes."""
 
+import collections
 import contextlib
+import functools
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
+import gpu_harness as harness
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
-from gpu_harness import ON_GPU
+from gpu_harness import ON_GPU, Mutant
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tinygrad_llm.kernels.gpu import driver, linear, norm, optim, tuning
+from tinygrad_llm.kernels.gpu import driver, frozen, linear, norm, optim, tuning
 from tinygrad_llm.kernels.gpu import reduce as kernels
-from tinygrad_llm.kernels.gpu.arrays import Abstract, Array, array
-
-from tinygrad_llm import backend
+from tinygrad_llm.kernels.gpu.arrays import Abstract, AbstractHome, Array, array
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 BFLOAT16 = ml_dtypes.bfloat16
 interpreter_only = pytest.mark.skipif(ON_GPU, reason="about Triton's interpreter")
@@ -186,6 +191,388 @@ def test_descriptors_and_strides_reach_the_gpus_driver(fake_cuda):
     assert words.endswith("False")
 
 
+# --- launches that repeat an earlier one ----------------------------------------------------------
+
+HOMES = [type("Ours", (AbstractHome,), {})() for _ in range(2)]
+EDGES = [0, 1, 16, 2**31, 2**40, 2**63, 2**64]
+INTEGERS = st.sampled_from([s * e + d for e in EDGES for s in (1, -1) for d in (-16, -1, 0, 1, 8)])
+CONSTANTS = [0, 1, True, False, 1.0, None, 16, "1", (1,), (True,), tl.float32, "float32"]
+
+
+Two = collections.namedtuple("Two", "a b")
+
+
+def pointer(home, dtype, address):
+    x = Array(Abstract((64, 64), dtype), HOMES[home])
+    x.address = address
+    return x
+
+
+POINTERS = st.builds(
+    pointer, st.integers(0, 1), st.sampled_from(["float32", "bfloat16", "int32", "int64"]),
+    st.sampled_from([0, 1, 2, 8, 16, 24, 2**31, 2**40, 2**64 - 16]),
+)  # fmt: skip
+DESCRIPTORS = st.builds(
+    lambda x, block: TensorDescriptor(x, [64] * len(block), [64, 64, 1][-len(block) :], block),
+    POINTERS.filter(lambda x: x.address % 16 == 0),
+    st.lists(st.sampled_from([1, 16, 32]), min_size=1, max_size=3),
+)
+SCALARS = st.sampled_from([None, True, False, 0.5, -1.5, 1.0, 1, 3, 16])
+TUPLES = st.recursive(
+    st.sampled_from([3, 0.5]), lambda x: st.lists(x, max_size=2).map(tuple), max_leaves=3
+)
+MIXED = st.one_of(INTEGERS, POINTERS, DESCRIPTORS, st.lists(POINTERS | SCALARS).map(tuple))
+KINDS = INTEGERS, POINTERS, DESCRIPTORS, SCALARS, TUPLES, MIXED
+POOLS = [st.lists(x, min_size=6, max_size=6) for x in KINDS]
+
+
+def _of_integers(x: tl.int64, y, N: tl.constexpr, M: tl.constexpr = 1):
+    pass
+
+
+def _of_floats(x: tl.float32, y, N: tl.constexpr, M: tl.constexpr = 1):
+    pass
+
+
+def _of_anything(x, y, N: tl.constexpr, M: tl.constexpr = 1):
+    pass
+
+
+SPECIALIZED = [
+    JITFunction(_of_integers),
+    JITFunction(_of_floats),
+    JITFunction(_of_anything),
+    JITFunction(_of_anything, do_not_specialize=["x"]),
+    JITFunction(_of_anything, do_not_specialize_on_alignment=["x"]),
+]
+
+
+@functools.cache
+def _binder(kernel):
+    backend = CUDABackend(GPUTarget("cuda", 90, 32))
+    return create_function_from_signature(kernel.signature, kernel.params, backend)
+
+
+def tritons_key(kernel, arguments, options):
+    """What Triton looks a compiled kernel up by; what it says if it refuses."""
+    try:
+        _, specialization, more = _binder(kernel)(*arguments, **options)
+    except (OverflowError, TypeError) as error:
+        return str(error)
+    return tuple(specialization), str(more)
+
+
+def launches_of_the_same_key_are_specialized_alike(frozen, draw):
+    """All pairs of some arguments, with some constants: what shares a key shares Triton's."""
+    kernel = draw(st.sampled_from(SPECIALIZED))
+    pool = draw(draw(st.sampled_from(POOLS)))
+    constants = draw(st.lists(st.sampled_from(CONSTANTS), min_size=2, max_size=3))
+    options = [{"N": c} for c in constants] + [{"N": 16, "num_warps": w} for w in (4, 4.0, 1, True)]
+    options += [{"N": 16, "M": c} for c in (1, *constants)]
+    chosen = {}
+    for arguments in itertools.product(pool, repeat=2):
+        for constant in options if arguments[0] is arguments[1] else options[:1]:
+            with contextlib.suppress(frozen.Unusual):
+                key, _, _ = frozen.key(kernel, arguments, constant)
+                theirs = tritons_key(kernel, arguments, constant)
+                assert chosen.setdefault(tuple(key), theirs) == theirs
+
+
+ALIKE = launches_of_the_same_key_are_specialized_alike
+MUTANTS = [
+    Mutant("1 is no constant", "1 if x == 1 else 2 if x & 15", "2 if x & 15"),
+    Mutant("multiples of 8", "1 if x == 1 else 2 if x & 15", "1 if x == 1 else 2 if x & 7"),
+    Mutant("64 bits are like 32", "if x >> 31 else", "if x >> 63 else"),
+    Mutant("negative 64 bits are like 32", "-(2**31) <= x < 0", "x < 0"),
+    Mutant(
+        "64 bits without a sign are like 63", "return 6 if x & 15 else 7", "return 4 + (not x & 15)"
+    ),
+    Mutant("all pointers are aligned", "(dtype,) if address & 15 else dtype", "dtype"),
+    Mutant("any dtype", "(dtype,) if address & 15 else dtype", "address & 15 == 0"),
+    Mutant("a bool is like a float", "found.append(kind)", "found.append(float)"),
+    Mutant("tuples are flat", "found += kind, len(x)", "pass"),
+    Mutant("tuples have no end", "found += kind, len(x)", "found.append(kind)"),
+    Mutant("blocks of any shape", "found += kind, tuple(x.block_shape)", "found.append(kind)"),
+    Mutant("a constant's type", ", *map(type, constants)]", "]"),
+    Mutant("a constant's name", "*options, *constants", "*constants"),
+]
+
+
+def test_launches_of_the_same_key_are_specialized_alike():
+    harness.run(ALIKE, frozen, examples=100)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutants_of_the_key_are_killed(mutant, tmp_path):
+    assert harness.killed(frozen, mutant, [ALIKE], tmp_path, examples=200)
+
+
+@pytest.mark.parametrize(
+    "x, y, same",
+    [
+        (768, 1536, True),
+        (-7, 2**31 - 1, True),
+        (2**31, 2**40 + 16, True),
+        (0.5, float("nan"), True),
+        (pointer(0, "float32", 0), pointer(0, "float32", 2**40), True),
+        (768, 767, False),
+        (1, 2, False),
+        (1, True, False),
+        (1, 1.0, False),
+        (16, 2**31, False),
+        (-(2**31), -(2**31) - 16, False),
+        (2**63 - 1, 2**63 + 1, False),
+        ((2, 3), (2, (3,)), False),
+        ((2, 3), Two(2, 3), False),
+        (Two(2, 3), Two(18, -5), True),
+        ((), None, False),
+        (pointer(0, "float32", 16), pointer(0, "float32", 24), False),
+        (pointer(0, "float32", 16), pointer(0, "int32", 16), False),
+        (pointer(0, "float32", 16), pointer(1, "float32", 16), False),
+    ],
+)
+def test_what_a_key_says_of_an_argument(x, y, same):
+    kernel = SPECIALIZED[2]
+    (first, _, _), (second, _, _) = (frozen.key(kernel, (2, a), {"N": 1}) for a in (x, y))
+    assert (first == second) == same
+
+
+REPEATED = """
+import collections
+import triton
+import triton.language as tl
+
+FACTOR = tl.constexpr(2)
+
+@triton.jit(do_not_specialize=["seed"])
+def numbers(
+    x, y, n, far, seed, scale, flag, some, nothing, N: tl.constexpr, LAST: tl.constexpr = 7
+):
+    tl.store(x, n + seed + FACTOR)
+
+@triton.jit
+def tiles(a, b, n, N: tl.constexpr):
+    b.store([0, 0], a.load([0, 0]))
+
+@triton.jit
+def scratch(x, n, N: tl.constexpr):
+    made = tl.make_tensor_descriptor(x, [n, n], [n, 1], [N, N])
+    made.store([0, 0], tl.zeros((N, N), tl.bfloat16))
+"""
+
+REPEATING = (
+    LAUNCH
+    + """
+import os
+import repeated
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+HOME, Pair = Home(), repeated.collections.namedtuple("Pair", "a b")
+Library.now = 3
+Library.device = staticmethod(lambda: Library.now)
+by_triton = []
+run = triton.runtime.jit.JITFunction.run
+def counted(self, *arguments, **more):
+    by_triton.append(self)
+    return run(self, *arguments, **more)
+triton.runtime.jit.JITFunction.run = counted
+
+def at(address, dtype="bfloat16"):
+    x = Array(Abstract((64, 64), dtype), HOME)
+    x.address = address
+    return x
+
+def tile(address, *block, rows=64):
+    return TensorDescriptor(at(address), [rows, 64], [64, 1], list(block))
+
+def numbers(*arguments, grid=(1,), **options):
+    driver.launch(repeated.numbers, grid, *arguments, **{"N": 16, **options})
+
+def tiles(*arguments):
+    driver.launch(repeated.tiles, (3,), *arguments, N=1)
+
+def usual(x=0x1000, y=0x2002, n=768, far=2**40, seed=12345, **options):
+    some = (3, None, at(0x30), 1, 0.25)
+    numbers(at(x), at(y), n, far, seed, 0.5, True, some, None, **options)
+
+def times(*calls):
+    del by_triton[:]
+    for call in calls:
+        call()
+    return len(by_triton)
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def repeating(fake_cuda, tmp_path_factory):
+    """repeating(program, **environment): its words, with kernels to launch."""
+    folder = tmp_path_factory.mktemp("repeated")
+    (folder / "repeated.py").write_text(REPEATED)
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return lambda program, **more: process(
+        REPEATING + program, **fake_cuda, **{"PYTHONPATH": path, **more}
+    )
+
+
+SAME = """
+cases = {
+    "8,8,4,8,4,4,1,4,8,4,8,8": [
+        lambda: usual(),
+        lambda: usual(x=0x7000, n=1536, far=-(2**33), seed=99),
+        lambda: usual(y=0x2004, grid=(5, 4, 3), num_warps=8),
+        lambda: usual(num_warps=8, num_ctas=2, maxnreg=64, grid=(6,)),
+        lambda: usual(LAST=8, grid=(2, 9)),
+        lambda: usual(n=-7, seed=-1),
+    ],
+    "8,8,8,4,4,1,4,8,4,8,8": [lambda: usual(n=1), lambda: usual(n=1, seed=1)],
+    "8,8,8,8,8,4,1,4,8,4,8,8": [
+        lambda: usual(n=2**63, seed=2**31),
+        lambda: usual(n=2**63, seed=2**40 + 1),
+    ],
+    "8,8,1,4,4,4,4,1,8,8": [
+        lambda: numbers(at(16), at(0, "float32"), True, 5, 6, 7.5, 8, (False, 1), None),
+        lambda: numbers(at(16), at(0, "float32"), True, 5, 6, 7.5, 7, Pair(False, 1), None),
+        lambda: numbers(at(16), at(0, "float32"), True, 5, 6, 7.5, 9, Pair(True, 1), None),
+    ],
+    "128,4,4,8,8,128,4,4,8,8,4,8,8": [
+        lambda: tiles(tile(0x100, 16, 16), tile(0x200, 16, 16), 9),
+        lambda: tiles(tile(0x300, 16, 16), tile(0x200, 16, 16), 9),
+        lambda: tiles(tile(0x300, 16, 16, rows=32), tile(0x500, 16, 16), 10),
+        lambda: tiles(tile(0x100, 32, 16), tile(0x200, 32, 16), 9),
+    ],
+}
+
+def everything():
+    print("|")
+    for sizes, calls in cases.items():
+        os.environ["FAKE_CUDA_SIZES"] = sizes
+        for call in calls:
+            call()
+    print("|", flush=True)
+
+driver.FROZEN = False
+everything()
+everything()
+driver.FROZEN = True
+everything()
+everything()
+print(times(everything), len(driver._frozen))
+"""
+
+
+def test_a_repeated_launch_tells_the_gpu_the_same_as_tritons_own(repeating):
+    """Function, grid, threads, stream, shared memory and every byte of every parameter."""
+    *_, count, kept = words = repeating(SAME)
+    _, _, _, by_triton, _, first, _, again, _, _, _ = " ".join(words[:-2]).split("|")
+    assert by_triton == first == again
+    assert (count, kept) == ("0", "13")
+    said = by_triton.split("launch ")[1:]
+    assert len(said) == 17 == len(set(said))
+    assert (
+        "0070000000000000 0220000000000000 00060000 00000000feffffff 63000000 0000003f" in said[1]
+    )
+    assert said[2].startswith("5x4x3 of 256 threads on stream 1003, first pointer 1000 ")
+
+
+def test_a_launch_is_repeated_on_the_device_and_the_stream_that_are_current(repeating):
+    program = "print(times(usual, usual))\nLibrary.now = 2\nprint(times(usual, usual))\n"
+    program += "Library.stream = lambda self, device: 77\nprint(times(usual))\n"
+    program += "Library.now = 3\nprint(times(usual))"
+    words = " ".join(repeating(program))
+    streams = re.findall(r"stream (\d+)|(load)", words)
+    assert [a or b for a, b in streams] == [
+        "load",
+        "1003",
+        "1003",
+        "load",
+        "1002",
+        "1002",
+        "77",
+        "77",
+    ]
+    assert re.findall(r"1000 (\d)", words) == ["1", "1", "0", "0"]
+
+
+def test_repeated_launches_can_be_left_to_triton(repeating):
+    words = repeating("print(times(usual, usual, usual))", TINYGRAD_LLM_FROZEN="0")
+    assert words[-1] == "3"
+
+
+UNUSUAL = """
+seen, runtime = [], triton.knobs.runtime
+
+def count(name, *calls):
+    calls *= 4 // len(calls)
+    print("|", name, times(*calls), len(seen), flush=True)
+    del seen[:]
+
+def positional(N):
+    driver.launch(repeated.tiles, (3,), tile(0x100, 16, 16), tile(0x200, 16, 16), 9, N)
+
+def named():
+    driver.launch(repeated.tiles, (3,), tile(0x100, 16, 16), tile(0x200, 16, 16), n=9, N=16)
+
+def refused(call):
+    try:
+        call()
+    except (RuntimeError, TypeError) as error:
+        seen.append(error)
+
+usual()
+count("nothing", usual)
+count("a constant by its place", lambda: positional(16), lambda: positional(32))
+count("an argument by its name", named)
+count("a grid that is computed", lambda: usual(grid=lambda bound: (bound["N"],)))
+triton.set_allocator(lambda size, align, stream: seen.append(size) or at(0))
+count("memory", lambda: driver.launch(repeated.scratch, (1,), at(0), 64, N=16))
+runtime.launch_enter_hook.add(seen.append)
+count("a hook of launches", usual)
+runtime.launch_enter_hook.remove(seen.append)
+runtime.launch_exit_hook, chain = seen.append, runtime.launch_exit_hook
+count("a hook that is no chain", usual)
+runtime.launch_exit_hook = chain
+repeated.numbers.add_pre_run_hook(lambda *_, **__: seen.append(1))
+count("a hook of the kernel", usual)
+repeated.numbers.pre_run_hooks.clear()
+runtime.debug = True
+count("debugging", usual)
+runtime.debug = False
+x = Array(Abstract((4,), "bfloat16"), type("Other", (Home,), dict(module="other"))())
+two = lambda: numbers(at(0), x, 1, 1, 1, 1.0, True, None, None)
+count("arrays of two libraries", lambda: refused(two))
+driver._MOST_FROZEN = 3
+driver._frozen.clear()
+for n in (2, 16, 1, 2**40, 2**41 + 1):
+    usual(n=n)
+print("| kept", len(driver._frozen), len(seen))
+usual()
+repeated.FACTOR = triton.language.constexpr(3)
+count("a global constant that changed", lambda: refused(usual))
+"""
+
+
+def test_an_unusual_launch_is_left_to_triton(repeating):
+    """What was launched by Triton, of four launches, and what was seen meanwhile."""
+    said = " ".join(repeating(UNUSUAL))
+    found = re.findall(r"\| ([a-z ]+) (\d) (\d)", said)
+    assert {name: (int(launched), int(seen)) for name, launched, seen in found} == {
+        "nothing": (0, 0),
+        "a constant by its place": (4, 0),
+        "an argument by its name": (4, 0),
+        "a grid that is computed": (4, 0),
+        "memory": (4, 4),
+        "a hook of launches": (4, 4),
+        "a hook that is no chain": (4, 4),
+        "a hook of the kernel": (4, 4),
+        "debugging": (4, 0),
+        "arrays of two libraries": (0, 4),
+        "kept": (2, 0),
+        "a global constant that changed": (4, 4),
+    }
+
+
 SMALLEST = """
 from tinygrad_llm.kernels.gpu import attention, driver, elementwise, linear, loss, norm, position
 from tinygrad_llm.kernels.gpu import reduce, shape
@@ -234,32 +621,6 @@ def test_an_array_on_another_gpu_is_refused(gpu):
     gpu()
     with pytest.raises(ValueError, match="x is on GPU 1, but the current one is 3"):
         kernels.softmax.forward(torch.zeros(2, 3).as_subclass(Elsewhere))
-
-
-def test_without_a_gpu_everything_falls_back_to_numpy_and_says_so_once():
-    program = """
-import warnings
-from tinygrad_llm import Tensor, backend
-with warnings.catch_warnings(record=True) as said:
-    warnings.simplefilter("always")
-    assert backend.gpu_kernels() == {} == backend.gpu_kernels()
-print(len(said), said[0].message)
-"""
-    missing = "import sys\nsys.modules['cupy'] = None\n"
-    words = " ".join(process(missing + program))
-    assert words == "1 no GPU kernels: CuPy is not installed; computing with NumPy"
-    missing = "import importlib.util as u\nreal = u.find_spec\n"
-    missing += "u.find_spec = lambda name, *a: None if name == 'triton' else real(name, *a)\n"
-    words = " ".join(process(missing + program))
-    assert words.startswith("1 no GPU kernels: the GPU kernels need Triton: pip install")
-
-
-@interpreter_only
-def test_the_kernels_of_ops_are_found_by_the_ops_names():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = backend.gpu_kernels()
-    assert found["softmax"] is kernels.softmax
 
 
 # --- arrays ---------------------------------------------------------------------------------------

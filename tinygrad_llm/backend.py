@@ -32,6 +32,8 @@ class Space:
     own. The table comes first because some bases export, say, a `softmax` of their own.
     """
 
+    bfloat16 = precision.DTYPES["bfloat16"]  # which no base has
+
     def __init__(self, base):
         self.base = base
 

@@ -200,7 +200,7 @@ class AdamW(Optimizer):
 
     def step(self) -> None:
         if self._by_kernel():
-            gradients = [p.grad and p.grad.data for p in self._parameters()]
+            gradients = [None if p.grad is None else p.grad.data for p in self._parameters()]
             self.step_on_device(gradients, self.param_groups[0]["lr"])
         else:
             super().step()

@@ -406,14 +406,17 @@ _BLACKWELL_DROPOUT = _BLACKWELL_MORE | {"attention_forward": _DROPOUT_FORWARD}
 _AMPERE_DROPOUT = {
     "attention_forward": {64: (128, 32, 8, 3), 128: (64, 32, 8, 3), 256: (32, 32, 8, 1)},
     "attention_vjp_keys": {64: (32, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 32, 8, 1)},
-    "attention_vjp_queries": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 16, 8, 1)},
+    "attention_vjp_queries": {64: (64, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 16, 8, 1)},
+}
+_AMPERE_MORE = _AMPERE | {
+    "attention_forward": {64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
 }
 _TABLES = {  # plain; with more than the diagonal to keep in registers; and the words of Philox
     90: (_HOPPER, _HOPPER_MORE, _HOPPER_DROPOUT),
     100: (_BLACKWELL, _BLACKWELL_MORE, _BLACKWELL_DROPOUT),
     103: (_BLACKWELL, _BLACKWELL_MORE, _BLACKWELL_DROPOUT),
 }
-_OLDER = (_AMPERE, _AMPERE, _AMPERE_DROPOUT)
+_OLDER = (_AMPERE, _AMPERE_MORE, _AMPERE_DROPOUT)
 _FLOAT32 = {
     "ieee": {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
     "tf32": {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
@@ -686,8 +689,8 @@ class attention:
     segments    integers (B, T), n = T: a query sees keys of its own segment only. Documents one
                 after the other cost no more than each by itself
     dropout     p: entries of P are dropped with that probability, the others divided by 1 - p
-    seed        which ones: 0 to 2⁶³ - 1, or an int64 array on the device with one element
-    seed_offset   is added to it, as in seeded_dropout
+    seed        which ones: 0 to 2⁶³ - 1, or an int64 array on the device with one element, to which
+                seed_offset is added: as in seeded_dropout
     precision   of float32: "ieee", or on tensor cores "tf32" (10 bits) or "tf32x3" (nearly all);
                 the latter is computed as "ieee" for heads wider than 128
 

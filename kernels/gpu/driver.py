@@ -21,9 +21,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver as _triton_driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import interpreter
+from . import frozen, interpreter
 
 INTERPRETED = triton.knobs.runtime.interpret
+FROZEN = os.environ.get("TINYGRAD_LLM_FROZEN") != "0"  # whether launches may pass Triton by
 OLDEST = 80  # compute capability 8.0: bfloat16 and asynchronous copies
 MULTIPROCESSORS = {
     80: 108,
@@ -36,7 +37,8 @@ MULTIPROCESSORS = {
 }  # largest chip's
 _FLUSH = 256 << 20  # bytes: more than any L2 cache, so that writing them empties it
 _FLUSHES = 8  # keep the GPU busy for half a millisecond, in which the host gets ahead of it
-_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+_MOST_FROZEN = 4096
+_frozen = {}  # key of a launch: its Frozen
 
 
 class _State(threading.local):
@@ -64,22 +66,67 @@ def launch(kernel, grid, *arguments, **options):
     them, numbers, and tuples of all these; options are compile-time constants, num_warps,
     num_stages and maxnreg.
     """
-    follow(arguments)
-    if _state.recording is not None and _state.home == "simulated":
-        return _state.recording.launch(kernel, grid, arguments, options)
     if INTERPRETED:
+        follow(arguments)
+        if _state.recording is not None and _state.home == "simulated":
+            _state.recording.launch(kernel, grid, arguments, options)
+            return
         with np.errstate(all="ignore"):  # NumPy warns of what a GPU does without a word
-            return kernel[grid](*arguments, **options)
+            kernel[grid](*arguments, **options)
+    elif _state.chip is not None:
+        _compile(kernel, grid, arguments, options)
+    else:
+        _launch(kernel, grid, arguments, options)
+
+
+def _compile(kernel, grid, arguments, options):
     options.setdefault("enable_fp_fusion", True)  # Triton 3.9 warns if nobody says
-    if _state.chip is None:
-        capability()  # refuses a GPU that is too old
-    if _state.chip is None and _state.home == "torch":
-        return kernel[grid](*arguments, **options)  # Triton's own driver asks PyTorch
     with _driver_installed():
-        if _state.chip is None:
-            return kernel[grid](*arguments, **options)
         compiled = kernel.warmup(*arguments, grid=grid, **options)
     _state.compiled.append((kernel, grid, options, compiled))
+
+
+def _launch(kernel, grid, arguments, options):
+    """Past Triton's dispatch if an earlier launch was like this one: see frozen.py."""
+    key = again = None
+    if FROZEN and type(grid) is tuple and grid:
+        try:
+            key, values, home = frozen.key(kernel, arguments, options)
+            if home is not None:
+                _state.home = home.module
+            library = _device_library()
+            key.append(device := library.device())
+            again = _frozen.get(key := tuple(key))
+        except (frozen.Unusual, TypeError):  # TypeError: a constant that has no hash
+            key = None
+    if again is None or not again.holds():
+        compiled = _launch_by_triton(kernel, grid, arguments, options)
+        if key is not None and (launch := frozen.freeze(kernel, compiled, arguments, options)):
+            _remember(key, launch)
+        return
+    grid, stream = (*grid, 1, 1)[:3], library.stream(device)
+    if again.describes:
+        with _driver_installed():
+            again.launch(grid, stream, values)
+    else:
+        again.launch(grid, stream, values)
+
+
+def _launch_by_triton(kernel, grid, arguments, options):
+    """Gives the compiled kernel that was launched."""
+    follow(arguments)
+    capability()  # refuses a GPU that is too old
+    options.setdefault("enable_fp_fusion", True)  # Triton 3.9 warns if nobody says
+    if _state.home == "torch":
+        return kernel[grid](*arguments, **options)  # Triton's own driver asks PyTorch
+    with _driver_installed():
+        return kernel[grid](*arguments, **options)
+
+
+def _remember(key, launch):
+    if len(_frozen) >= _MOST_FROZEN:
+        _frozen.clear()
+    _frozen[key] = launch
 
 
 def follow(arguments):
@@ -266,6 +313,8 @@ class _Torch:
         self.cuda = self.torch.cuda
         self.device, self.set_device = self.cuda.current_device, self.cuda.set_device
         self._properties = functools.cache(self.cuda.get_device_properties)
+        if raw := getattr(self.torch._C, "_cuda_getCurrentRawStream", None):
+            self.stream = raw  # what Triton's own driver calls: no Stream object is made
 
     def stream(self, device):
         return self.cuda.current_stream(device).cuda_stream
@@ -308,22 +357,24 @@ def _device_library():
 # --- the driver -----------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _driver_installed():
-    """Inside, ours is Triton's driver. Other people's kernels go on with theirs."""
-    before = _triton_driver._active  # not .active, which would look for PyTorch
-    _triton_driver.set_active(_driver())
-    try:
-        yield
-    finally:
-        _triton_driver.set_active(before)
+class _driver_installed:
+    """Inside, ours is Triton's driver. Other people's kernels go on with theirs. contextlib's way
+    to write this takes twice as long.
+    """
+
+    def __enter__(self):
+        self.before = _triton_driver._active  # not .active, which would look for PyTorch
+        _triton_driver.set_active(_driver())
+
+    def __exit__(self, *_):
+        _triton_driver.set_active(self.before)
 
 
 def _keep_torch_out():
     """The first call of Triton 3.6 and 3.7 imports PyTorch if it is installed, which takes seconds
     and is of no use unless the caller has imported it.
     """
-    if "torch" in sys.modules or _VERSION >= (3, 8):
+    if "torch" in sys.modules or frozen.VERSION >= (3, 8):
         return
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime.jit import native_specialize_impl

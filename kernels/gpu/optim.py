@@ -11,8 +11,8 @@ piece. Which array it belongs to, and where that lies, it reads from a table on 
 The lines are those of optim.py, and nothing of a step waits for the device: the learning rate, the
 number of the step, the factor of clipping, the loss scale and whether there is an update at all are
 in its memory. A step whose gradients lie where they lay the last time uploads nothing if `lr` is on
-the device and `step` is, or is left to the optimizer: so it can be part of a CUDA graph, which goes
-on reading the tables that were in use when it was captured.
+the device and `step` is, or is left to the optimizer: so it can be part of a CUDA graph. As that
+goes on reading the tables of its capture, steps in and out of it share their gradients' arrays.
 """
 
 import math
@@ -93,8 +93,8 @@ def _scalars(
     norm becomes that of the gradients without it. If there is an update, steps becomes its number.
     """
     lr = tl.load(lr).to(tl.float64)
-    number = tl.load(steps) + 1 if step is None else tl.load(step).to(tl.int64)
-    t = number.to(tl.float64)
+    count = tl.load(steps) + 1 if step is None else tl.load(step).to(tl.int64)
+    t = count.to(tl.float64)
     factor = 1.0
     moves = 1.0
     if norm is not None:
@@ -108,7 +108,7 @@ def _scalars(
         if GUARDED:
             moves = tl.where(length < float("inf"), 1.0, 0.0)
     tl.store(scalars + 4, moves)
-    tl.store(steps, number, mask=moves != 0.0)
+    tl.store(steps, count, mask=moves != 0.0)
     c = tl.sqrt(1.0 - tl.exp(LOG_BETA2 * t))
     tl.store(scalars, lr.to(tl.float32))
     tl.store(scalars + 1, factor)

@@ -8,7 +8,7 @@ from .arrays import array, cdiv, next_power_of_2
 from .driver import launch
 from .tuning import configuration
 
-FUSED = ("rope",)
+FUSED = ()
 
 
 @triton.jit(do_not_specialize=["start"])

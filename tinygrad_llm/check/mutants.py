@@ -713,7 +713,7 @@ _IN_THE_ENGINE = {
     "tensor._vjp_on_the_tape": (
         (
             "what was saved is a constant for second derivatives",
-            "op.forward(tape, *inputs, **attributes)[1]",
+            "op.forward(xp, *inputs, **attributes)[1]",
             "node[3]",
         ),
         (
