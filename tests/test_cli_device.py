@@ -163,7 +163,10 @@ def states_of(directory):
 
 @interpreted
 def test_training_that_goes_on_is_the_same_bit_for_bit(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(device.device("interpret"), "memory", lambda: {"held": 1000})
+    where = device.device("interpret")
+    graph = backend.kernel_module(where, "graph").Graph
+    monkeypatch.setattr(graph.__init__, "__defaults__", (1,))  # warm-ups: each takes its time
+    monkeypatch.setattr(where, "memory", lambda: {"held": 1000})
     options = "--heads 1 --batch-size 1 --dtype bfloat16 --dropout 0.1 --eval-interval 1 --quiet"
     code, _, err = call(f"train --data text {TINY} {options} --device interpret --out run")
     assert code == 0, err
@@ -195,20 +198,11 @@ def test_kernels_that_are_switched_off(call, tmp_path, kernels):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-@interpreted
 def test_a_step_that_is_no_graph_is_said_once(call, monkeypatch):
-    graph = backend.kernel_module(device.device("interpret"), "graph")
-
-    def refuse(function):
-        raise graph.GraphError("something waits")
-
-    monkeypatch.setattr(graph, "Graph", refuse)
-    code, out, _ = call(
-        f"train --data text {TINY} --heads 1 --batch-size 1 --out run --device interpret"
-    )
-    assert code == 0 and "\ndevice: interpret\n" in out
-    assert out.count("steps are launched kernel by kernel: something waits\n") == 1
-    assert "peak memory" not in out  # which of the interpreter nobody knows
+    monkeypatch.setattr(step.HostStep, "why_no_graph", "something waits")
+    code, out, _ = call(f"train --data text {TINY} --out run --device cpu")
+    said = "\nsteps are launched kernel by kernel: something waits\n"
+    assert code == 0 and out.count(said) == 1
 
 
 def test_a_run_from_before_there_were_dtypes_goes_on(call, tmp_path):
