@@ -166,7 +166,7 @@ class Ours(_Contestant):
 
     def _memory(self):
         """Bytes of both pools: what they hold is what was needed at the peak, and a little more."""
-        held = self.device.memory().get("held", 0) + self._made.memory
+        held = self._made.memory() or 0
         return {"memory": held, "reserved": held, "no graph": self._made.why_no_graph}
 
     def _release(self):

@@ -30,10 +30,10 @@ TOKENS = np.arange(240) * np.arange(240) % 13  # something to learn
 
 def make_trainer(where=DEVICE, dtype="float32", drop_rate=0.0, layers=1, **settings):
     cfg = GPTConfig(13, 6, emb_dim=8, n_heads=2, n_layers=layers, drop_rate=drop_rate)
-    model = GPT(cfg, Generator(0)).to(where).to(dtype)
+    model = GPT(cfg, Generator(0)).to(where)
     chosen = {"steps": 3, "batch_size": 1, "context": 6, "lr": 1e-2, "warmup_steps": 1}
     chosen |= {"eval_interval": 100, "eval_batches": 1, "threads": 1, **settings}
-    return Trainer(model, TOKENS[:200], TOKENS[200:], TrainSettings(**chosen))
+    return Trainer(model, TOKENS[:200], TOKENS[200:], TrainSettings(**chosen), dtype)
 
 
 @functools.cache
@@ -66,6 +66,15 @@ def test_ten_losses_are_those_of_the_cpu():
     assert there.update.why_no_graph is None and not backend.refusals
     for name, x in weights(here).items():
         np.testing.assert_allclose(weights(there)[name], x, atol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["cpu", DEVICE])
+def test_masters_begin_as_the_weights_were(where):
+    trainer = make_trainer(where, "bfloat16", lr=1e-9, min_lr=0.0, weight_decay=0.0)
+    trainer.training_step()
+    before = make_trainer("cpu").optimizer._parameters()
+    for p, s in zip(before, trainer.optimizer.state_dict()["state"], strict=True):
+        np.testing.assert_allclose(s["master"], p.data, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype, off", [("bfloat16", 0.02), ("float16", 0.004)])

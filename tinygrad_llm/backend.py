@@ -309,7 +309,9 @@ FUSED = (
 
 
 class _Current(threading.local):
-    reading = reading(os.environ.get("TINYGRAD_LLM_KERNELS", "auto"))
+    @functools.cached_property
+    def reading(self):
+        return reading(os.environ.get("TINYGRAD_LLM_KERNELS", "auto"))
 
 
 current = _Current()

@@ -8,6 +8,7 @@
 A device is asked for by its name; an array is asked for its device by `of`.
 """
 
+import ctypes
 import functools
 import importlib
 import os
@@ -16,16 +17,26 @@ import sys
 
 import numpy as np
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 NAMES = "cpu, cuda, cuda:0, cuda:1, ... or interpret"
 
 
 class Device:
-    """One place for arrays. name: as above; xp: the namespace of its arrays, like NumPy's."""
+    """One place for arrays.
+
+    name    as above
+    title   that, and of a GPU what it is: "cuda:0, NVIDIA H200"
+    xp      the namespace of its arrays, like NumPy's
+    """
 
     kernels = ""  # the package with its kernels
 
     def __init__(self, name, xp):
-        self.name, self.xp = name, xp
+        self.name, self.title, self.xp = name, name, xp
 
     def __repr__(self):
         return f"<device {self.name}>"
@@ -49,8 +60,8 @@ class Device:
         """Waits until all that was asked for is done."""
 
     def memory(self):
-        """Bytes: {"held": by this process, "free": nobody's, "total": of the device}; {} if nobody
-        knows.
+        """Bytes: {"held": by this process at most so far, "free": nobody's, "total": of the
+        device}, without what nobody knows.
         """
         return {}
 
@@ -58,8 +69,22 @@ class Device:
         return x
 
 
+class _Host(Device):
+    def memory(self):
+        found = {}
+        if hasattr(os, "sysconf"):  # not on Windows
+            found["total"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if resource is not None:
+            unit = 1 if sys.platform == "darwin" else 1024
+            found["held"] = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return found
+
+
 class _Interpreted(Device):
     kernels = "tinygrad_llm.kernels.gpu"
+
+    def memory(self):
+        return {name: n for name, n in CPU.memory().items() if name == "total"}
 
     def _from_host(self, x):
         return self.xp.asarray(x)
@@ -75,6 +100,8 @@ class _Cuda(Device):
         super().__init__(f"cuda:{number}", cupy)
         self._device = cupy.cuda.Device(number)
         self._pool = cupy.get_default_memory_pool()
+        what = cupy.cuda.runtime.getDeviceProperties(number)["name"].decode()
+        self.title = f"{self.name}, {what}"
 
     def make_current(self):
         self._device.use()
@@ -98,7 +125,7 @@ class _Cuda(Device):
             return {"held": self._pool.total_bytes(), "free": free, "total": total}
 
 
-CPU = Device("cpu", np)
+CPU = _Host("cpu", np)
 
 
 # --- by name --------------------------------------------------------------------------------------
@@ -118,12 +145,12 @@ def device(name):
         raise ValueError(f"there is no device {name!r}; expected {NAMES}")
     reason = why_no_gpu()
     if reason is not None:
-        raise ValueError(f"{name} cannot be used: {reason}")
+        raise ValueError(f"{name} cannot be used: {reason}; without a GPU, use cpu")
     cupy, number = sys.modules["cupy"], name.partition(":")[2]
     count = cupy.cuda.runtime.getDeviceCount()
     if number and int(number) >= count:
-        last = f" to cuda:{count - 1}" if count > 1 else ""
-        raise ValueError(f"there is no {name}: expected cuda:0{last}, as {count} GPU(s) are here")
+        there = f"cuda:0 to cuda:{count - 1}" if count > 1 else "cuda:0, the only GPU here"
+        raise ValueError(f"there is no {name}; expected {there}")
     return _cuda(int(number) if number else cupy.cuda.runtime.getDevice())
 
 
@@ -142,13 +169,18 @@ def automatic():
 
 @functools.cache
 def why_no_gpu():
-    """Why no GPU can be used, in a few words that end with what to do; None if one can."""
+    """Why no GPU can be used, in a few words, and what helps if anything does; None if one can."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET=1 is set, which is for the device interpret: unset it"
     try:
+        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return "there is no NVIDIA driver here"
+    try:
         cupy = importlib.import_module("cupy")
-    except ImportError:
-        return "CuPy is not installed: pip install 'tinygrad_llm[gpu]'"
+    except ImportError as error:
+        wrong = "is not installed" if error.name == "cupy" else f"cannot be imported ({error})"
+        return f"CuPy {wrong}: pip install 'tinygrad_llm[gpu]'"
     try:
         cupy.cuda.runtime.getDeviceCount()
     except Exception as error:  # CuPy's own class, which exists only where CuPy does
@@ -161,7 +193,7 @@ def why_no_gpu():
 
 
 _REASONS = {  # by CUDA's error codes
-    100: "there is no NVIDIA GPU here: use cpu",
+    100: "there is no NVIDIA GPU here",
     35: "the NVIDIA driver is older than this CuPy needs: update it, or install a CuPy for an "
     "older CUDA",
     3: "CUDA cannot be started, perhaps for want of a GPU or a driver: run nvidia-smi to see",
@@ -179,7 +211,7 @@ def _cuda(number):
 @functools.cache
 def _interpreted():
     if os.environ.get("TRITON_INTERPRET") != "1":
-        if "triton" in sys.modules:
+        if sys.modules.get("triton") is not None:
             raise ValueError(
                 "interpret needs TRITON_INTERPRET=1 in the environment before Triton is imported"
             )

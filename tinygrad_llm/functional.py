@@ -380,7 +380,7 @@ def _keep_mask(shape, p, dtype, generator):
         raise ValueError(f"dropout probability {p} is not between 0 and 1")
     if p == 0:
         return None
-    if dtype.kind not in "fc":  # complex: the gradient checker's numbers
+    if dtype.kind not in "fcV":  # c: the gradient checker's numbers; V: bfloat16
         raise TypeError(f"dropout is for floating-point tensors, not {dtype}")
     generator = random.or_default(generator)
     kept = generator.bernoulli(1 - p, shape).astype(dtype)

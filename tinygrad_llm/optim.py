@@ -82,6 +82,13 @@ class Optimizer(ABC):
         ]
         return {"state": states, "param_groups": groups}
 
+    def keep_masters(self) -> None:
+        """Makes float32 copies of the parameters as they are now: to be called before they are cast
+        to 16 bits, so that nothing is lost. Otherwise the first step copies what it finds.
+        """
+        for parameter, state in zip(self._parameters(), self.state, strict=True):
+            state["master"] = parameter.data.astype(np.float32)
+
     def load_state_dict(self, state_dict: dict) -> None:
         """Continues exactly where state_dict() was called: copies the arrays, takes the options.
 

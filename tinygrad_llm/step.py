@@ -14,16 +14,18 @@ from numpy.typing import NDArray
 from . import backend, random
 from .device import device
 from .gpt import GPT
-from .optim import AdamW, LossScale, clip_grad_norm_
+from .optim import AdamW, LossScale, clip_grad_norm_, kernels_for
 from .parallel import IGNORED, Shards
 from .precision import is_narrow
 from .tensor import Tensor, leaf_gradients
 
 
 def make_step(model: GPT, optimizer: AdamW, **settings) -> "HostStep | DeviceStep":
-    """The step for where the model is. settings: what HostStep takes."""
-    kernels = backend.kernel_module(device(model.device), "optim")
-    return (HostStep if kernels is None else DeviceStep)(model, optimizer, **settings)
+    """The step for where the model is: on a GPU whose kernels are switched off, as on the CPU.
+    settings: what HostStep takes.
+    """
+    kind = HostStep if kernels_for(list(model.parameters())) is None else DeviceStep
+    return kind(model, optimizer, **settings)
 
 
 class _Step:
@@ -36,6 +38,8 @@ class _Step:
     shards          the CPU's threads
     graph           whether a GPU's step may be recorded
     """
+
+    why_no_graph = None  # why a GPU's steps are launched kernel by kernel, if they are
 
     def __init__(
         self,
@@ -51,9 +55,13 @@ class _Step:
         self.model, self.optimizer = model, optimizer
         self.accumulate, self.max_norm = accumulate, max_norm
         self.generator, self.shards = generator, shards
-        self.wants_graph, self.memory = graph, 0  # memory: bytes that a graph holds
+        self.wants_graph, self.where = graph, device(model.device)
         float16 = any(p.dtype == np.float16 for p in model.parameters())
         self.loss_scale = LossScale() if float16 else None
+
+    def memory(self) -> int | None:
+        """Bytes of the device that this process has held at most so far; None if nobody knows."""
+        return self.where.memory().get("held")
 
     def state_dict(self) -> dict:
         """What a restart needs beside the model and the optimizer."""
@@ -92,11 +100,10 @@ class HostStep(_Step):
 
 
 class DeviceStep(_Step):
-    """On a GPU. `why_no_graph` says why its steps are launched kernel by kernel; or is None."""
+    """On a GPU."""
 
     def __init__(self, model, optimizer, **settings):
         super().__init__(model, optimizer, **settings)
-        self.where = device(model.device)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._drops = any(map(model.cfg.dropout, ("emb", "attn", "shortcut")))
         self._graphs = backend.kernel_module(self.where, "graph")
@@ -146,12 +153,11 @@ class DeviceStep(_Step):
         nothing = np.full(self.accumulate, np.nan, np.float32)
         self._staging.fill(**{**inputs, "weights": nothing})
         before = self._get_scale()
-        self._graph, self.why_no_graph, self.memory = None, None, 0
+        self._graph, self.why_no_graph = None, None
         try:
             if not self.wants_graph:
                 raise self._graphs.GraphError("none was asked for")
             self._graph = self._graphs.Graph(self._compute)
-            self.memory = self._graph.memory
         except self._graphs.GraphError as error:
             self.why_no_graph = str(error)
         self._set_scale(before)
@@ -172,6 +178,10 @@ class DeviceStep(_Step):
         )
         scale = norm if self._scale is None else self._scale.scale
         return self.where.xp.stack([loss, norm, scale])
+
+    def memory(self) -> int | None:
+        held = super().memory()  # without the pool of the graph
+        return held if None in (held, self._graph) else held + self._graph.memory
 
     def state_dict(self) -> dict:
         if self._scale is not None:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
-from . import __version__, random
+from . import __version__, precision, random
 from .data import RandomBatches, Windows
 from .data.files import atomic_write
 from .generate import evaluating
@@ -108,6 +108,7 @@ class Report:
     grad_norm       length of the gradient before it was clipped
     tokens          that training has seen so far
     seconds         that the step took
+    memory          bytes of the device that this process has held at most so far
     best            whether val_loss is below all earlier ones that count
     """
 
@@ -118,6 +119,7 @@ class Report:
     grad_norm: float | None = None
     tokens: int = 0
     seconds: float | None = None
+    memory: int | None = None
     best: bool = False
 
     @property
@@ -138,12 +140,18 @@ class Trainer:
     (step, validation loss), `grad_norm` the length of the last gradient before it was clipped.
     With patience, validation losses count from the step on at which it was first given, and
     `best_weights` is a copy of the state dict that had the lowest one; without, it is None.
+    dtype       what the weights are cast to, such as "bfloat16"; AdamW keeps them in float32
     Raises ValueError if the context is longer than the model's or a text shorter than one window,
     IndexError for token ids that the model does not have.
     """
 
     def __init__(
-        self, model: GPT, train_tokens: ArrayLike, val_tokens: ArrayLike, settings: TrainSettings
+        self,
+        model: GPT,
+        train_tokens: ArrayLike,
+        val_tokens: ArrayLike,
+        settings: TrainSettings,
+        dtype: DTypeLike | None = None,
     ):
         _check_fit(model, settings, train_tokens, val_tokens)
         self.model, self.settings, self.val_tokens = model, settings, val_tokens
@@ -154,6 +162,9 @@ class Trainer:
         model.recompute = settings.recompute
         groups = decay_groups(model, settings.weight_decay)
         self.optimizer = AdamW(groups, lr=settings.lr, betas=(0.9, 0.99))
+        if dtype is not None and precision.dtype(dtype) in precision.NARROW:
+            self.optimizer.keep_masters()
+            model.to(dtype)
         self.shards = Shards(settings.threads)
         self.update = make_step(
             model,
@@ -187,7 +198,8 @@ class Trainer:
             measured["seconds"] = time.perf_counter() - start
             last = self.step == self.settings.steps
             due = last or self.step % self.settings.eval_interval == 0
-            yield self._report(due, grad_norm=self.grad_norm, **measured)
+            measured |= {"grad_norm": self.grad_norm, "memory": self.update.memory()}
+            yield self._report(due, **measured)
 
     def training_step(self) -> float:
         """One update of the weights; returns the loss before it."""

@@ -9,10 +9,11 @@ import sys
 
 import typer
 
+from .. import backend
 from .chat import chat
 from .check import check
 from .data import data
-from .errors import UsageError, UserError, described
+from .errors import UsageError, UserError, described, user_input
 from .export import export
 from .generate import generate
 from .info import info
@@ -36,6 +37,8 @@ def main() -> None:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # no word about its font cache
     sys.stdout.reconfigure(errors="replace")  # for characters that a terminal cannot show
     try:
+        with user_input():
+            _ = backend.current.reading  # what TINYGRAD_LLM_KERNELS asks for
         exit_code = app(sys.argv[1:] or ["--help"], prog_name=PROGRAM, standalone_mode=False)
     except (UserError, FloatingPointError) as error:  # the latter: numbers that are nan or infinite
         exit_code = _fail(str(error))

@@ -7,12 +7,26 @@ from typing import Annotated, Any
 
 import typer
 
-from ..checkpoint import load_model, load_tokenizer
+from ..checkpoint import load_tokenizer
 from ..generate import Decoder, stream, stream_text
 from ..gpt import GPT
 from ..tokenizer import Tokenizer
+from .device import DeviceName, Dtype, DtypeName, Kernels, enough_memory
 from .errors import UserError, user_input
-from .generate import MinP, Model, Penalty, Seed, Temperature, TopK, TopP, sampling, utf8, write
+from .generate import (
+    LESS,
+    MinP,
+    Model,
+    Penalty,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    opened,
+    sampling,
+    utf8,
+    write,
+)
 from .screen import interruptible
 
 COMMANDS = {"/reset": "forgets what was said", "/quit": "ends, as Ctrl-D does"}
@@ -29,12 +43,15 @@ def chat(
     min_p: MinP = None,
     repetition_penalty: Penalty = None,
     seed: Seed = None,
+    device: DeviceName = None,
+    dtype: DtypeName = Dtype.float32,
+    kernels: Kernels = "auto",
 ) -> int:
     """Talk with a trained model: a line is a message. /reset forgets what was said, /quit or Ctrl-D
     ends, Ctrl-C ends a reply.
     """
     with user_input():
-        gpt = load_model(model)
+        gpt, where = opened(model, 1, device, dtype, kernels)
         tokenizer = load_tokenizer(model, gpt)
         options = sampling(
             tokenizer, seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
@@ -56,7 +73,8 @@ def chat(
         elif line.startswith("/"):
             _say(f"there is no {line.split()[0]}: type {' or '.join(COMMANDS)}, or a message")
         elif line:
-            _answer(conversation, line)
+            with enough_memory(where, LESS):
+                _answer(conversation, line)
     return 0
 
 

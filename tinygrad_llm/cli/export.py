@@ -1,15 +1,13 @@
 """`tinygrad-llm export`: a checkpoint in another dtype, in one file or in shards."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..checkpoint import export_checkpoint
+from .device import Dtype
 from .errors import user_input
-
-Dtype = StrEnum("Dtype", ["float32", "float16", "bfloat16"])
 
 
 def export(

@@ -10,15 +10,19 @@ from typing import Annotated, Any
 import typer
 
 from .. import random
-from ..checkpoint import load_model, load_tokenizer
+from ..checkpoint import load_model, load_tokenizer, open_checkpoint
 from ..data import read_corpus
+from ..device import Device
 from ..generate import beam_search, stream, stream_text
 from ..generate import generate as generate_rows
 from ..gpt import GPT
 from ..tokenizer import Tokenizer
 from ..tokenizer.bpe_files import END_OF_TEXT
+from .device import DeviceName, Dtype, DtypeName, Kernels, chosen, enough_memory
 from .errors import user_input, utf8_expected
+from .memory import check_memory, generation_bytes
 
+LESS = "use --dtype bfloat16, --device cpu, shorter prompts or a smaller --model"
 TEMPERATURE, TOP_K = 0.8, 40  # where nothing else is asked for
 BATCH = 8  # prompts of a file that are continued side by side
 
@@ -32,12 +36,12 @@ Model = Annotated[
 Temperature = Annotated[
     float | None,
     typer.Option(
-        help=f"0: always the likeliest token; higher: more varied.  [default: {TEMPERATURE}]"
+        help="0: always the likeliest token; higher: more varied.", show_default=f"{TEMPERATURE}"
     ),
 ]
 TopK = Annotated[
     int | None,
-    typer.Option(min=1, help=f"Draw from the k likeliest tokens only.  [default: {TOP_K}]"),
+    typer.Option(min=1, help="Draw from the k likeliest tokens only.", show_default=f"{TOP_K}"),
 ]
 TopP = Annotated[
     float | None,
@@ -85,6 +89,9 @@ def generate(
         bool, typer.Option("--crop", help="Of a prompt that is too long, let it see the end.")
     ] = False,
     seed: Seed = None,
+    device: DeviceName = None,
+    dtype: DtypeName = Dtype.float32,
+    kernels: Kernels = "auto",
 ) -> int:
     """Continue a prompt with a trained model."""
     drawing = {
@@ -99,7 +106,7 @@ def generate(
         if beams is not None:
             _refuse_drawing(drawing)
         texts = _prompts(prompt, batch)
-        gpt = load_model(model)
+        gpt, where = opened(model, beams or min(BATCH, len(texts)), device, dtype, kernels)
         tokenizer = load_tokenizer(model, gpt)
         options = sampling(tokenizer, **drawing)
         prompts = [_encoded(text, gpt, tokenizer, crop) for text in texts]
@@ -111,18 +118,32 @@ def generate(
             rows = _drawn(gpt, prompts, max_tokens, options)
         else:
             rows = _searched(gpt, prompts, max_tokens, beams, options)
-    if batch is not None:
-        for text, ids in zip(texts, rows, strict=True):
-            found = "".join(stream_text(ids, tokenizer, stop))
-            write(json.dumps({"prompt": text, "text": found}, ensure_ascii=False) + "\n")
-        return 0
-    write(texts[0])
-    try:
-        for piece in stream_text(new_ids if beams is None else next(rows), tokenizer, stop):
-            write(piece)
-    finally:
-        write("\n")  # what was written stays, on lines of its own, also after Ctrl-C
+    with enough_memory(where, LESS + " or fewer --beams" * bool(beams)):
+        if batch is not None:
+            for text, ids in zip(texts, rows, strict=True):
+                found = "".join(stream_text(ids, tokenizer, stop))
+                write(json.dumps({"prompt": text, "text": found}, ensure_ascii=False) + "\n")
+            return 0
+        write(texts[0])
+        try:
+            for piece in stream_text(new_ids if beams is None else next(rows), tokenizer, stop):
+                write(piece)
+        finally:
+            write("\n")  # what was written stays, on lines of its own, also after Ctrl-C
     return 0
+
+
+def opened(
+    name: Path, rows: int, device: str | None, dtype: str, kernels: str
+) -> tuple[GPT, Device]:
+    """The model, where `rows` texts at a time are to be computed, and where that is."""
+    where, said = chosen(device, kernels)
+    if device is not None:
+        print(said, file=sys.stderr)
+    cfg = open_checkpoint(name).cfg
+    check_memory(where, generation_bytes(cfg, rows, dtype), LESS)
+    with enough_memory(where, LESS):
+        return load_model(name, dtype).to(where), where
 
 
 def sampling(tokenizer: Tokenizer, seed: int | None, **options: Any) -> dict[str, Any]:

@@ -13,11 +13,10 @@ from rich.table import Table
 from ..checkpoint import Checkpoint, compare_checkpoints, open_checkpoint
 from ..gpt import SIZES, GPTConfig
 from .errors import UserError, user_input
+from .memory import in_bytes, kept_numbers
 
 Size = StrEnum("Size", list(SIZES))
-UNITS = ("B", "KiB", "MiB", "GiB")
 STATE = 4 * 4  # bytes that training keeps for a parameter: itself, its gradient, AdamW's two means
-QUERIES = 128  # that attention's kernel takes at a time: with a causal mask, up to so many too many
 
 
 def info(
@@ -79,23 +78,6 @@ def memory(cfg: GPTConfig, batch_size: int) -> dict:
     return {"training": training, "generation": generation}
 
 
-def kept_numbers(cfg: GPTConfig) -> int:
-    """Numbers that a forward pass keeps of each token of a full context, for the backward pass.
-
-    In a block, in units of the width C: two norms with x̂ and y (4), q, k and v (3), what attention
-    gives and its projection (2), the feed-forward layer's 4 C before GELU, its tanh and after it
-    (12), and the layer's projection (1), two sums (2). And each head's probabilities.
-    """
-    C, T, H = cfg.emb_dim, cfg.context_length, cfg.n_heads
-    block = 24 * C + H * (T if T <= QUERIES else (T + QUERIES) // 2)
-    if cfg.dropout("shortcut"):
-        block += 4 * C  # two masks, two products
-    if cfg.dropout("attn"):
-        block += H * T  # a mask
-    ends = 4 * C + (2 * C if cfg.dropout("emb") else 0) + 2 * cfg.vocab_size
-    return cfg.n_layers * block + ends
-
-
 def stored(checkpoint: Checkpoint) -> dict:
     """The checkpoint's files with their sizes, and how many tensors have which dtype."""
     tensors = checkpoint.tensors.values()
@@ -105,12 +87,6 @@ def stored(checkpoint: Checkpoint) -> dict:
         "tensors": len(tensors),
         "dtypes": dict(Counter(str(tensor.dtype) for tensor in tensors)),
     }
-
-
-def in_bytes(n: int) -> str:
-    """In the largest unit of which it has one: 96 B, 1.50 KiB."""
-    unit = min(len(UNITS) - 1, max(0, n.bit_length() - 1) // 10)
-    return f"{n / 2 ** (10 * unit):.{2 if unit else 0}f} {UNITS[unit]}"
 
 
 def _show(cfg, found, name):

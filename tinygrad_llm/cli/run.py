@@ -24,6 +24,7 @@ from ..checkpoint import (
     step_of,
 )
 from ..data import embedded_corpus, open_tokens, read_corpus, train_val_split, write_tokens
+from ..device import Device
 from ..gpt import GPT, GPTConfig
 from ..tokenizer import (
     END_OF_TEXT,
@@ -36,6 +37,7 @@ from ..tokenizer import (
 )
 from ..train import Trainer, TrainSettings, versions
 from .log import EVENTS, LOG, Log, free_name
+from .memory import check_memory, training_bytes
 from .screen import Screen, typed
 
 TOKENS = "tokens.npy"  # the encoded text, so that --resume needs no other file
@@ -44,6 +46,7 @@ LOCK = ".lock"  # beside the checkpoints: its owner alone writes to the director
 INCOMPLETE = ".incomplete"  # in a directory whose run has no checkpoint yet
 RESULTS = (CONFIG, WEIGHTS, LOG, TOKENS, PLOT, *FILES)  # all files that a run writes
 VALIDATION_PART = 0.1  # of the text, at its end
+LESS = "use --dtype bfloat16, --recompute, a smaller --batch-size (with --accumulate), --context"
 EVALUATIONS = 12  # validation losses and checkpoints in a run, if nothing is said
 
 
@@ -58,6 +61,7 @@ class Run:
     prompt: str  # the samples continue it
     log: Log
     lock: BinaryIO
+    memory: int  # bytes that it takes, about
 
     def save(self) -> None:
         """The model, and last the checkpoint: it alone decides where --resume goes on."""
@@ -87,6 +91,7 @@ def new_run(
     steps: int,
     patience: int | None,
     tensorboard: bool,
+    where: Device,
     screen: Screen,
 ) -> Run:
     """Everything up to the first step. Nothing is written before all input has been checked."""
@@ -94,7 +99,8 @@ def new_run(
     settings = _settings(options, steps, patience)
     tokenizer = _given_tokenizer(options["tokenizer"])
     _check_vocab_size(options["vocab_size"])
-    _check_memory(options, tokenizer.vocab_size if tokenizer else options["vocab_size"])
+    cfg = _gpt_config(options, tokenizer.vocab_size if tokenizer else options["vocab_size"])
+    memory = _check_memory(cfg, options, where)
     if prepared := _prepared_tokens(options["data"]):
         if tokenizer is None:
             raise ValueError(
@@ -108,8 +114,8 @@ def new_run(
         tokenizer = tokenizer.to_bpe()  # once, not each time that it is saved
     train_tokens, val_tokens = train_val_split(tokens, VALIDATION_PART, settings.context)
     random.manual_seed(options["seed"])  # draws the weights
-    model = GPT(_gpt_config(options, tokenizer.vocab_size))
-    trainer = Trainer(model, train_tokens, val_tokens, settings)
+    model = GPT(_gpt_config(options, tokenizer.vocab_size)).to(where)
+    trainer = Trainer(model, train_tokens, val_tokens, settings, options["dtype"])
 
     existing = _nearest_existing(out / CHECKPOINTS if out else Path("runs"))
     directory = _made_directory(out)
@@ -121,7 +127,7 @@ def new_run(
             write_tokens(directory / TOKENS, tokens)
         log = Log(directory, -1, tensorboard)
         prompt = _first_words(tokens, tokenizer)
-        run = Run(directory, trainer, tokenizer, options, prompt, log, lock)
+        run = Run(directory, trainer, tokenizer, options, prompt, log, lock, memory)
         run.save()
         (directory / INCOMPLETE).unlink()
     except BaseException:  # a full disk, Ctrl-C: half a run would stand in the way of the next
@@ -226,23 +232,11 @@ def _check_vocab_size(vocab_size: int) -> None:
         )
 
 
-def _check_memory(options: dict[str, Any], vocab_size: int) -> None:
-    """Raises ValueError for a model or batch that this machine certainly cannot hold."""
-    cfg = _gpt_config(options, vocab_size)
-    weights = 4 * cfg.num_parameters()  # bytes; also their gradients and AdamW's two moments
-    # What backward needs: of all blocks, or of one and the inputs of all.
-    in_blocks = 16 + cfg.n_layers if options["recompute"] else 16 * cfg.n_layers
-    per_token = 4 * (in_blocks * cfg.emb_dim + 2 * vocab_size)
-    needed = 4 * weights + options["batch_size"] * options["context"] * per_token
-    if not hasattr(os, "sysconf"):  # Windows
-        return
-    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > available:
-        raise ValueError(
-            f"this needs at least {needed / 2**30:,.0f} GiB, the machine has "
-            f"{available / 2**30:,.0f}: use a smaller --batch-size, --context, --dim, --layers or "
-            "--vocab-size"
-        )
+def _check_memory(cfg: GPTConfig, options: dict[str, Any], where: Device) -> int:
+    """Bytes that the run takes. Raises ValueError if they are not there."""
+    needed = training_bytes(cfg, options, where)
+    check_memory(where, needed, f"{LESS}, --dim, --layers or --vocab-size")
+    return needed
 
 
 def _check_free(out: Path) -> None:
@@ -340,6 +334,7 @@ def resumed_run(
     steps: int | None,
     patience: int | None,
     tensorboard: bool,
+    where: Device,
     screen: Screen,
 ) -> Run:
     """The run as it was saved, in its newest checkpoint or in the one of that name.
@@ -352,7 +347,7 @@ def resumed_run(
     state = _whole_state(path)
     if not {"options", "trainer"} <= state.keys():
         raise ValueError(f"{path} was not saved by this command: it cannot go on")
-    saved = state["options"]
+    saved = {"dtype": "float32", **state["options"]}  # which earlier versions did not know
     same = (given & saved.keys()) - {"keep"}
     _check_same_options(out, {name: options[name] for name in same}, saved)
     if "keep" in given:
@@ -367,7 +362,11 @@ def resumed_run(
     tokens = open_tokens(path_of_tokens)
     train_tokens, val_tokens = train_val_split(tokens, VALIDATION_PART, saved["context"])
     _check_steps(out, state["trainer"], steps)
-    trainer = Trainer.resume(state["trainer"], train_tokens, val_tokens, steps, patience)
+    cfg = GPTConfig.from_dict(state["trainer"]["config"])
+    memory = _check_memory(cfg, saved, where)
+    trainer = Trainer.resume(
+        state["trainer"], train_tokens, val_tokens, steps, patience, where.name
+    )
     tokenizer = load_tokenizer(out, trainer.model)
     if (before := state["trainer"]["versions"]) != versions():
         screen.say(
@@ -380,7 +379,8 @@ def resumed_run(
     log = Log(out, trainer.step if trainer.evaluations else -1, tensorboard)
     if log.damage:
         screen.say(log.damage)
-    run = Run(out, trainer, tokenizer, saved, _first_words(tokens, tokenizer), log, lock)
+    prompt = _first_words(tokens, tokenizer)
+    run = Run(out, trainer, tokenizer, saved, prompt, log, lock, memory)
     run.save_model()  # that of a later checkpoint may be there, or none
     if trainer.finished:
         screen.say(_was_finished(trainer))

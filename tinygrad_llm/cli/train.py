@@ -15,9 +15,11 @@ from ..gpt import SIZES
 from ..parallel import default_threads
 from ..tokenizer import END_OF_TEXT
 from ..train import Trainer, plot_training
+from .device import DeviceName, Dtype, DtypeName, Kernels, chosen, enough_memory
 from .errors import user_input
 from .log import LOG, summary_writer
-from .run import PLOT, Run, new_run, resumed_run
+from .memory import in_bytes
+from .run import LESS, PLOT, Run, new_run, resumed_run
 from .screen import Clock, Screen
 
 SAMPLE_EVERY = 3  # evaluations
@@ -27,7 +29,7 @@ DATA, MODEL, TRAINING, RUN = "Data", "Model", "Training", "The run and its direc
 # What makes a run: with --resume it is as it was.
 SHAPE = ["tokenizer", "vocab_size", "size", "context", "layers", "heads", "dim", "dropout", "tie"]
 SHAPE += ["batch_size", "accumulate", "lr", "min_lr", "warmup", "weight_decay", "eval_interval"]
-SHAPE += ["recompute", "seed", "keep"]
+SHAPE += ["recompute", "seed", "keep", "dtype"]
 
 
 def option(help: str, panel: str, *names: str, **checks: Any) -> Any:
@@ -154,6 +156,9 @@ def train(
         bool,
         option("Write TensorBoard's events too, with tensorboardX.", RUN, "--tensorboard"),
     ] = False,
+    device: DeviceName = None,
+    dtype: DtypeName = Dtype.float32,
+    kernels: Kernels = "auto",
     quiet: Annotated[
         bool, option("Print errors and the directory of the results only.", RUN, "--quiet")
     ] = False,
@@ -172,17 +177,19 @@ def train(
             if tensorboard:
                 summary_writer()  # before anything else: is there one?
             _use_size(options, given)
+            where, said = chosen(device, kernels)
             if going_on:
                 more = steps if "steps" in given else None
                 run = resumed_run(
-                    out, resume_from, options, given, more, patience, tensorboard, screen
+                    out, resume_from, options, given, more, patience, tensorboard, where, screen
                 )
             else:
                 if tokenizer and "vocab_size" in given:
                     raise ValueError(
                         "--vocab-size is of a vocabulary to learn, --tokenizer has one"
                     )
-                run = new_run(out, options, steps, patience, tensorboard, screen)
+                run = new_run(out, options, steps, patience, tensorboard, where, screen)
+        screen.say(said)
         return _train(run, screen)
     except KeyboardInterrupt:  # before the first step, or the second one after it
         return _say_stopped(run, going_on)
@@ -209,9 +216,14 @@ def _use_size(options: dict[str, Any], given: set[str]) -> None:
 def _train(run: Run, screen: Screen) -> int:
     """Trains to the end or to Ctrl-C; returns the exit code."""
     trainer, steps = run.trainer, run.trainer.settings.steps
-    clock = Clock(trainer)
-    with StopSignal() as stop, screen.progress("training") as show:
+    clock, said = Clock(trainer), False
+    less = f"such a run takes about {in_bytes(run.memory)}; in a new one, {LESS} or --dim"
+    memory = enough_memory(trainer.update.where, f"{less}; what was saved is kept")
+    with memory, StopSignal() as stop, screen.progress("training") as show:
         for report in trainer.run():
+            if trainer.update.why_no_graph and not said:
+                screen.say(f"steps are launched kernel by kernel: {trainer.update.why_no_graph}")
+                said = True
             with user_input():
                 run.log.add(report)
             line = clock.line(report)
@@ -256,6 +268,8 @@ def _say_done(run: Run, clock: Clock, screen: Screen) -> None:
     step, val_loss = trainer.evaluations[-1]
     done = "stopped early" if trainer.out_of_patience else "done"
     screen.say(f"{done}: validation loss {val_loss:.3f} after {step:,} steps, {clock.elapsed()}")
+    if (memory := trainer.update.memory()) is not None:
+        screen.say(f"peak memory: {in_bytes(memory)} on {trainer.model.device}")
     best, lowest = trainer.best
     if trainer.settings.patience is not None and best != step:
         screen.say(f"the model is that of step {best:,}, with the lowest: {lowest:.3f}")

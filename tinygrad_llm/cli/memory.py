@@ -1,0 +1,107 @@
+"""How much memory a GPT takes: for training and for generation, on the CPU and on a GPU."""
+
+from dataclasses import replace
+from typing import Any
+
+from ..device import Device
+from ..gpt import GPTConfig
+from ..precision import dtype as dtype_named
+
+UNITS = ("B", "KiB", "MiB", "GiB")
+QUERIES = 128  # that attention's kernel takes at a time: with a causal mask, up to so many too many
+CHUNK = 2**30  # bytes of logits that a GPU keeps at a time, in at least as many rows:
+CHUNK_ROWS = 2048
+
+
+def check_memory(where: Device, needed: int, what_to_change: str) -> None:
+    """Raises ValueError for what does not fit into the device's memory."""
+    known = where.memory()
+    for name in ("free", "total"):
+        if known.get(name, needed) < needed:
+            raise ValueError(
+                f"this needs about {in_bytes(needed)}, and {where.name} has "
+                f"{in_bytes(known[name])}{' that are free' * (name == 'free')}: {what_to_change}"
+            )
+
+
+def training_bytes(cfg: GPTConfig, options: dict[str, Any], where: Device) -> int:
+    """Bytes that training takes at its peak, about: weights, gradients, AdamW's state, and what
+    the forward pass keeps. options: those of `train`.
+    """
+    on_gpu, size = where.name != "cpu", dtype_named(options["dtype"]).itemsize
+    states = _state_bytes(cfg, options, on_gpu, size) * cfg.num_parameters()
+    tokens = options["batch_size"] * cfg.context_length
+    block, ends = _kept(cfg, kept_on_gpu if on_gpu else kept_numbers)
+    head = tokens * ends * size + _logits_bytes(cfg, tokens, on_gpu, size)
+    if not options["recompute"]:
+        return states + tokens * cfg.n_layers * block * size + head
+    inputs = tokens * cfg.n_layers * cfg.emb_dim * size  # of all blocks, and one in full
+    return states + inputs + max(head, tokens * block * size)
+
+
+def _state_bytes(cfg, options, on_gpu, size):
+    """Of each parameter: itself, its gradients, AdamW's two means, the float32 copy of 16 bits."""
+    dropout = any(map(cfg.dropout, ("emb", "attn", "shortcut")))
+    shares = 1 if on_gpu or dropout else min(options["threads"], options["batch_size"])
+    gradients = shares * (size if on_gpu else 4)
+    if options["accumulate"] > 1:
+        gradients += 4  # their sum
+    return size + gradients + 2 * 4 + (4 if size < 4 else 0)
+
+
+def _logits_bytes(cfg, tokens, on_gpu, size):
+    """What the output head needs beside what is kept."""
+    if not on_gpu:  # the logits' gradient; of 16 bits, a float32 copy, too
+        return tokens * cfg.vocab_size * (4 if size == 4 else 8)
+    row = cfg.vocab_size * size
+    chunk = min(tokens, max(CHUNK_ROWS, CHUNK // row))
+    return chunk * row + 4 * cfg.vocab_size * cfg.emb_dim  # and the head's gradient
+
+
+def _kept(cfg, numbers):
+    """(numbers of one block, of all that is no block) that are kept of each token."""
+    one, two = (numbers(replace(cfg, n_layers=n)) for n in (1, 2))
+    return two - one, 2 * one - two
+
+
+def kept_on_gpu(cfg: GPTConfig) -> int:
+    """Numbers that a forward pass with the GPU's kernels keeps of each token, but for its logits.
+
+    In a block, in units of the width C: two norms (2), q, k and v (3), what attention gives, in two
+    layouts (2), and its projection (1), the feed-forward layer before and after GELU (8) and its
+    projection (1), two sums (2). A few numbers of each norm, and one of each head.
+    """
+    C = cfg.emb_dim
+    block = 19 * C + cfg.n_heads + 6
+    if cfg.dropout("shortcut"):
+        block += 2 * C  # two products; masks are drawn again
+    return cfg.n_layers * block + (4 if cfg.dropout("emb") else 3) * C
+
+
+def kept_numbers(cfg: GPTConfig) -> int:
+    """Numbers that a forward pass keeps of each token of a full context, for the backward pass.
+
+    In a block, in units of the width C: two norms with x̂ and y (4), q, k and v (3), what attention
+    gives and its projection (2), the feed-forward layer's 4 C before GELU, its tanh and after it
+    (12), and the layer's projection (1), two sums (2). And each head's probabilities.
+    """
+    C, T, H = cfg.emb_dim, cfg.context_length, cfg.n_heads
+    block = 24 * C + H * (T if T <= QUERIES else (T + QUERIES) // 2)
+    if cfg.dropout("shortcut"):
+        block += 4 * C  # two masks, two products
+    if cfg.dropout("attn"):
+        block += H * T  # a mask
+    ends = 4 * C + (2 * C if cfg.dropout("emb") else 0) + 2 * cfg.vocab_size
+    return cfg.n_layers * block + ends
+
+
+def generation_bytes(cfg: GPTConfig, rows: int, dtype: str) -> int:
+    """Bytes of the weights, and of the keys and values of `rows` texts as long as can be."""
+    numbers = cfg.num_parameters() + rows * cfg.context_length * 2 * cfg.n_layers * cfg.emb_dim
+    return dtype_named(dtype).itemsize * numbers
+
+
+def in_bytes(n: int) -> str:
+    """In the largest unit of which it has one: 96 B, 1.50 KiB."""
+    unit = min(len(UNITS) - 1, max(0, n.bit_length() - 1) // 10)
+    return f"{n / 2 ** (10 * unit):.{2 if unit else 0}f} {UNITS[unit]}"
