@@ -162,6 +162,21 @@ def test_cross_entropy_agrees_with_pytorchs(reduction, ignore_index, reading):
             same(ours, theirs, classes_second)
 
 
+def test_linear_cross_entropy_is_that_of_the_logits():
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((2, 3, 4)), rng.standard_normal((7, 4))
+    ids = np.array([[0, 6, -100], [2, 2, 5]])
+
+    def theirs(x, w):
+        return TF.cross_entropy((x @ w.T).flatten(0, 1), to_torch(ids.ravel()))
+
+    same(lambda x, w: F.linear_cross_entropy(x, w, ids), theirs, x, w)
+    with pytest.raises(ValueError, match=r"needs targets of shape \(2, 3\), not \(3,\)"):
+        F.linear_cross_entropy(Tensor(x), Tensor(w), ids[0])
+    with pytest.raises(IndexError, match="target 7 is out of range"):
+        F.linear_cross_entropy(Tensor(x), Tensor(w), np.full((2, 3), 7))
+
+
 def test_binary_cross_entropy_is_finite_at_0_and_1_as_pytorchs():
     p, t = np.float64([0, 0, 1, 1]), np.float64([0, 1, 0, 1])
     same(lambda p: F.binary_cross_entropy(p, t),
