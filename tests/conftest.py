@@ -33,3 +33,12 @@ def pytest_make_parametrize_id(val):
     """Tests are named alike in every process: by a function's or an object's own name."""
     name = getattr(val, "__name__", None) or getattr(val, "name", None)
     return name if isinstance(name, str) else None
+
+
+def pytest_collection_modifyitems(items):
+    """`pytest -m gpu`: what runs on a GPU where there is one, and is interpreted where not."""
+    for item in items:
+        if item.path.stem.startswith(
+            ("test_gpu_", "test_device", "test_step", "test_generate_device")
+        ):
+            item.add_marker("gpu")

@@ -28,7 +28,6 @@ from tinygrad_llm.ops import TABLE
 from tinygrad_llm.random import Generator
 from tinygrad_llm.tensor import apply, fused, grad
 
-pytestmark = pytest.mark.gpu
 THERE = device(DEVICE)
 CUPY = pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="needs CuPy")
 DTYPES = ["float32", "bfloat16", "float16"]

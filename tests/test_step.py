@@ -23,7 +23,6 @@ from tinygrad_llm.step import DeviceStep, HostStep
 from tinygrad_llm.tensor import Tensor
 from tinygrad_llm.train import Trainer, TrainSettings
 
-pytestmark = pytest.mark.gpu
 THERE = device(DEVICE)
 TOKENS = np.arange(240) * np.arange(240) % 13  # something to learn
 
