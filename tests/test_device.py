@@ -346,8 +346,6 @@ def test_a_choice_of_kernels_that_is_none(choice):
 HERE_AND_THERE = [
     (lambda a, b: a + b, "add of tensors on cpu and"),
     (lambda a, b: F.linear(a, b), "linear of tensors on cpu and"),
-    (lambda a, b: F.embedding(Tensor([0, 1]), b), "embedding of tensors on cpu and"),
-    (lambda a, b: F.cross_entropy(b, Tensor([0, 1, 0])), "cross_entropy of tensors on cpu and"),
     (lambda a, b: fused("mlp", mlp, b, a, b, a, b), "mlp of tensors on cpu and"),
 ]
 
@@ -401,4 +399,9 @@ def test_arrays_of_the_host_follow_the_tensors():
     assert (x * np.ones(3, np.float32)).device == THERE.name
     assert F.where(np.ones((2, 3), bool), x, 0.0).device == THERE.name
     assert F.embedding([[1, 0]], x).device == THERE.name
+    assert F.embedding(Tensor([1, 0]), x).device == THERE.name  # and so do integers
+    assert F.embedding(Tensor([1, 0]).to(DEVICE), Tensor(x.numpy())).device == "cpu"
+    assert F.cross_entropy(x, Tensor([1, 0])).device == THERE.name
+    for y in (x @ np.ones((3, 1), np.float32), np.ones((1, 2), np.float32) @ x):
+        assert y.device == THERE.name
     assert of(np.ones(2)) is CPU is of(3.0)

@@ -177,7 +177,10 @@ def automatic():
 def why_no_gpu():
     """Why no GPU can be used, in a few words, and what helps if anything does; None if one can."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return "TRITON_INTERPRET=1 is set, which is for the device interpret: unset it"
+        return (
+            "this process interprets kernels (TRITON_INTERPRET=1, or the device interpret was used "
+            "in it): start another one, without"
+        )
     try:
         ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError:

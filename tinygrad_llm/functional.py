@@ -339,13 +339,10 @@ def _some(tensors, name):
 
 
 def _integers(ids, name, x):
-    """The array of ids that an op is to have beside the Tensor x."""
-    if isinstance(ids, Tensor) and ids.device != x.device:
-        raise TypeError(
-            f"{name} of tensors on {ids.device} and {x.device}: move them to one device with "
-            ".to(...)"
-        )
+    """The array of ids that an op is to have beside the Tensor x: they follow it."""
     ids = raw(ids)
+    if of(ids) is not CPU:
+        ids = of(x.data).put(ids)
     if ids.size and ids.dtype.kind not in "iu":  # an empty list has no dtype of its own
         raise TypeError(f"{name} takes integers, not {ids.dtype}")
     return ids.astype(np.int64, copy=False)

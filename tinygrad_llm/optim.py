@@ -58,6 +58,7 @@ class Optimizer(ABC):
             for parameter in group["params"]:
                 state = next(states)
                 if parameter.grad is not None:
+                    _check_together(parameter, state)
                     state["step"] = state.get("step", 0) + 1
                     with _master(parameter, state) as p:
                         self._update(
@@ -208,6 +209,9 @@ class AdamW(Optimizer):
 
     def step(self) -> None:
         if self._by_kernel():
+            for p, state in zip(self._parameters(), self.state, strict=True):
+                if p.grad is not None:
+                    _check_together(p, state)
             gradients = [None if p.grad is None else p.grad.data for p in self._parameters()]
             self.step_on_device(gradients, self.param_groups[0]["lr"])
         else:
@@ -318,6 +322,17 @@ def _adamw(p, g, m, v, t, group):
     np.divide(m, work, out=work)
     work *= lr * c / (1 - beta1**t)
     p -= work
+
+
+def _check_together(parameter, state):
+    """Raises ValueError if a parameter has moved away from its gradient or its state."""
+    where = of(parameter.data)
+    for what, a in [("gradient", parameter.grad.data), *_arrays(state)]:
+        if of(a) is not where:
+            raise ValueError(
+                f"a parameter is on {where.name}, its {what} on {of(a).name}: move the model "
+                "before the optimizer's first step, or make a new optimizer"
+            )
 
 
 _SHARED = ("lr", "betas", "eps")  # options that one kernel has for all parameters

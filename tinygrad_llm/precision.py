@@ -35,9 +35,14 @@ LOSSES = frozenset({
 def dtype(name):
     """The NumPy dtype of that name. Raises TypeError."""
     try:
-        return DTYPES.get(name) or np.dtype(name)
+        if name is not None:  # which NumPy takes for float64
+            return DTYPES.get(name) or np.dtype(name)
     except TypeError:
-        raise TypeError(f"there is no dtype {name!r}; expected float32, bfloat16, ...") from None
+        pass
+    raise TypeError(
+        f"there is no dtype or device {name!r}; expected float32, bfloat16, float16, ... or cpu, "
+        "cuda, cuda:1, ..."
+    )
 
 
 def is_narrow(x):

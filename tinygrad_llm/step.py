@@ -102,7 +102,13 @@ class HostStep(_Step):
 
 
 class DeviceStep(_Step):
-    """On a GPU."""
+    """On a GPU. If no graph can be made, `why_no_graph` says why, and kernels are launched singly.
+
+    A recorded step knows arrays by their addresses. It is recorded anew where the batch has another
+    shape, a parameter has other memory or is frozen, a module goes from training to evaluation, the
+    optimizer has another state or other options than the learning rate, or kernels are switched on
+    or off.
+    """
 
     def __init__(self, model, optimizer, **settings):
         super().__init__(model, optimizer, **settings)
@@ -131,6 +137,11 @@ class DeviceStep(_Step):
             "lr": float(lr),
             "word": int(self.generator.integers(0, 2**62, ())) if self._drops else 0,
         }
+        if self.model.device != self.where.name:
+            raise ValueError(
+                f"the model has moved from {self.where.name} to {self.model.device}: make a new "
+                "Trainer, which moves its optimizer's arrays, too (Trainer.resume)"
+            )
         # A piece in which nothing counts weighs nothing; but its mean has to be a number.
         inputs["targets"][counted == 0, 0, 0] = 0
         self.where.make_current()
@@ -155,7 +166,8 @@ class DeviceStep(_Step):
         model = self.model
         arrays = [(id(p.data), p.requires_grad) for p in model.parameters()]
         modes = [module.training for module in model.modules()]
-        return shape, self.optimizer.device_kernel(), arrays, modes, model.recompute
+        reading = backend.current.reading
+        return shape, self.optimizer.device_kernel(), arrays, modes, model.recompute, reading
 
     def _record(self, inputs):
         """Makes the graph for inputs of these shapes, or says why there is none."""

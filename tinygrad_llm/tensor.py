@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from . import backend, precision
-from .device import CPU, device, is_device, of
+from .device import CPU, Device, is_device, of
+from .device import device as named
 from .ops import TABLE
 
 _age = itertools.count().__next__  # Tensors are numbered as they are made
@@ -148,6 +149,7 @@ class Tensor:
 
     def __repr__(self):
         numbers, where = self.detach().numpy(), of(self.data)
+        numbers = numbers.astype(np.float32) if precision.is_narrow(numbers) else numbers
         text = np.array2string(numbers, separator=", ", precision=4, prefix="tensor(")
         default = self.dtype in (np.float32, np.int64, np.bool)
         dtype = "" if default else f", dtype={self.dtype}"
@@ -187,15 +189,18 @@ class Tensor:
 
     # --- the same data, moved ---
 
-    def to(self, target):
-        """In another dtype, or on another device: "cpu", "cuda", "cuda:1", ... The gradient flows
-        back. What is so already is returned as it is. Raises ValueError for a device that cannot be
-        used, TypeError for no dtype.
+    def to(self, *targets, device=None, dtype=None):
+        """In another dtype, on another device ("cpu", "cuda", "cuda:1", ...), or both. The gradient
+        flows back. What is so already is returned as it is. Raises ValueError for a device that
+        cannot be used, TypeError for no dtype.
         """
-        if is_device(target):
-            return _moved(self, device(target))
-        dtype = precision.dtype(target)
-        return self if dtype == self.dtype else apply(TABLE["cast"], self, dtype=dtype.name)
+        x = self
+        for target in destinations(targets, device, dtype):
+            if isinstance(target, Device):
+                x = _moved(x, target)
+            elif target != x.dtype:
+                x = apply(TABLE["cast"], x, dtype=target.name)
+        return x
 
     def cpu(self):
         """On the CPU."""
@@ -345,6 +350,14 @@ def _fill(tensor, data, requires_grad, node):
     tensor._node = node
     tensor._retains_grad = False
     return tensor
+
+
+def destinations(targets, device, dtype):
+    """What `to` was asked for: Devices and NumPy dtypes."""
+    for target in (*targets, *([] if device is None else [named(device)])):
+        yield named(target) if is_device(target) else precision.dtype(target)
+    if dtype is not None:
+        yield precision.dtype(dtype)
 
 
 def _flat(arguments):
@@ -897,7 +910,8 @@ def _matmul(a, b):
     """a @ b; one axis alone is a row on the left and a column on the right, as in NumPy."""
     if isinstance(b, Tensor) and a.ndim > 1 and b.ndim > 1:
         return apply(_MATMUL, a, b)
-    a, b = (t if isinstance(t, Tensor) else Tensor(t) for t in (a, b))
+    there = of((a if isinstance(a, Tensor) else b).data)  # where arrays follow
+    a, b = (t if isinstance(t, Tensor) else _moved(Tensor(t), there) for t in (a, b))
     if not a.ndim or not b.ndim:
         raise ValueError(
             f"matmul of shapes {a.shape} and {b.shape}: both need an axis; use * instead"

@@ -162,6 +162,8 @@ class Trainer:
         model.recompute = settings.recompute
         groups = decay_groups(model, settings.weight_decay)
         self.optimizer = AdamW(groups, lr=settings.lr, betas=(0.9, 0.99))
+        if dtype is not None and precision.dtype(dtype).name not in precision.DTYPES:
+            raise ValueError(f"models train in {', '.join(precision.DTYPES)}, not in {dtype!r}")
         if dtype is not None and precision.dtype(dtype) in precision.NARROW:
             self.optimizer.keep_masters()
             model.to(dtype)

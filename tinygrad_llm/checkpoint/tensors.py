@@ -160,6 +160,11 @@ def _read_header(file):
 
 def read_tensor(tensor: StoredTensor, dtype: np.dtype, transposed: bool = False) -> np.ndarray:
     """A stored tensor, or a stored matrix's transpose, as an array of this dtype."""
+    with np.errstate(over="ignore"):  # what float16 cannot hold is inf, and found in the logits
+        return _read(tensor, dtype, transposed)
+
+
+def _read(tensor, dtype, transposed):
     out = np.empty(tensor.shape[::-1] if transposed else tensor.shape, dtype)
     for rows in pieces(tensor):
         if not transposed and dtype == tensor.dtype:

@@ -75,11 +75,16 @@ class Run:
         save_model(self.trainer.best_model(), self.directory, self.tokenizer)
 
     def resume_command(self) -> str:
-        return f"{typed()} train --out {shlex.quote(str(self.directory))} --resume"
+        return f"{typed()} train --out {shlex.quote(str(self.directory))} --resume{self._device()}"
 
     def generate_command(self) -> str:
         directory, prompt = shlex.quote(str(self.directory)), shlex.quote(self.prompt)
-        return f"{typed()} generate --model {directory} {prompt}"
+        return f"{typed()} generate --model {directory}{self._device()} {prompt}"
+
+    def _device(self) -> str:
+        """The option for where this run is, unless that is the CPU."""
+        where = self.trainer.update.where
+        return "" if where.name == "cpu" else f" --device {where.name}"
 
 
 # --- a new run ------------------------------------------------------------------------------------
@@ -347,7 +352,8 @@ def resumed_run(
     state = _whole_state(path)
     if not {"options", "trainer"} <= state.keys():
         raise ValueError(f"{path} was not saved by this command: it cannot go on")
-    saved = {"dtype": "float32", **state["options"]}  # which earlier versions did not know
+    saved = state["options"]
+    saved.setdefault("dtype", "float32")  # which earlier versions did not know
     same = (given & saved.keys()) - {"keep"}
     _check_same_options(out, {name: options[name] for name in same}, saved)
     if "keep" in given:

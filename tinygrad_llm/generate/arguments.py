@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ..tensor import Tensor
+from ..device import of
+from ..tensor import raw
 
 
 def prompts(ids: Any) -> tuple[np.ndarray, np.ndarray | None]:
@@ -19,7 +20,8 @@ def prompts(ids: Any) -> tuple[np.ndarray, np.ndarray | None]:
         padding = max(map(len, rows)) - np.array([len(row) for row in rows])
         padded = [np.pad(row, (p, 0)) for row, p in zip(rows, padding, strict=True)]
         return np.stack(padded), padding
-    ids = ids.data if isinstance(ids, Tensor) else np.asarray(ids)
+    ids = raw(ids)
+    ids = of(ids).numpy(ids)
     if ids.ndim not in (1, 2):
         raise ValueError(f"ids must have shape (T,) or (B, T), not {ids.shape}")
     return np.atleast_2d(_integers(ids)), None

@@ -19,7 +19,10 @@ from ..nn.cache import FEW_QUERIES
 from ..precision import is_narrow
 from ..tensor import Tensor, no_grad
 
-NO_NUMBERS = "the model's logits are nan or infinite: expected finite ones, use another checkpoint"
+NO_NUMBERS = (
+    "the model's logits are nan or infinite: expected finite ones, use another checkpoint, or for "
+    "float16 a wider dtype"
+)
 _RUNS = 3  # of a step that is recorded: two for real, and the recording
 
 

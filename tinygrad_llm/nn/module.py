@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .. import precision
-from ..device import device, is_device, of
-from ..tensor import Tensor
+from ..device import Device, of
+from ..tensor import Tensor, destinations
 
 
 class Parameter(Tensor):
@@ -137,7 +136,7 @@ class Module:
         for parameter in self.parameters():
             parameter.grad = None
 
-    def to(self, target: DTypeLike) -> "Module":
+    def to(self, *targets, device: str | None = None, dtype: DTypeLike | None = None) -> "Module":
         """Casts floating-point parameters, gradients and buffers to a dtype, or moves to a device.
 
         In place: the Parameter objects stay the same, so tied ones stay tied and an optimizer keeps
@@ -145,12 +144,16 @@ class Module:
         Raises ValueError for a device that cannot be used, TypeError for what is no floating dtype,
         MemoryError if there is no room.
         """
-        if is_device(target):
-            where = device(target)
-            return self._changed(where.put)
-        dtype = precision.dtype(target)
-        if dtype.kind not in "fcV":
-            raise TypeError(f"parameters are floating-point numbers, they cannot become {dtype}")
+        for target in destinations(targets, device, dtype):
+            if isinstance(target, Device):
+                self._changed(target.put)
+            elif target.kind in "fcV":
+                self._cast(target)
+            else:
+                raise TypeError(f"parameters are floats, they cannot become {target}")
+        return self
+
+    def _cast(self, dtype):
         return self._changed(lambda x: x.astype(dtype, copy=False) if x.dtype.kind in "fcV" else x)
 
     def _changed(self, change):
