@@ -22,7 +22,9 @@ CONFIGS = {
     "blocks": LoRAConfig(2, 4),
     "all": LoRAConfig(4, 2, dropout=0.1, targets=".*", rslora=True),
     "split": LoRAConfig(3, 8, split_qkv=True),
-    "split alone": LoRAConfig(2, 5, targets="blocks.1.att.qkv", split_qkv=True, rslora=True),
+    "split alone": LoRAConfig(
+        np.int64(2), np.float32(5), targets="blocks.1.att.qkv", split_qkv=True, rslora=True
+    ),
 }
 
 

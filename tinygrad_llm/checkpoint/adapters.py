@@ -85,7 +85,7 @@ def save_adapter(
     if not adapters:
         known = few(map(repr, adapter_names(model))) or "none"
         raise ValueError(f"the model has no adapter {name!r} to save; there is {known}")
-    config, tensors = _config_of(adapters), {}
+    config, tensors = _config_of(model, adapters), {}
     for layer, adapter in adapters.items():
         with no_grad():
             factors = {"A": adapter.lora_A.data, "B": adapter.whole_b().data}
@@ -102,28 +102,30 @@ def save_adapter(
             changes.insert(0, Removal(directory / ADAPTER_CONFIG))
 
 
-def _config_of(adapters):
+def _config_of(model, adapters):
     """adapter_config.json: rank and alpha that most layers have, and the others by name."""
     ranks, alphas = {}, {}
     for layer, adapter in adapters.items():
         n = len(adapter.parts or (1,))
-        ranks[layer] = n * adapter.rank
-        alphas[layer] = adapter.alpha * (math.sqrt(n) if adapter.rslora else n)
+        alpha = float(adapter.alpha * (math.sqrt(n) if adapter.rslora else n))
+        alphas[layer] = int(alpha) if alpha.is_integer() else alpha
+        ranks[layer] = int(n * adapter.rank)
     r, alpha = (Counter(each.values()).most_common(1)[0][0] for each in (ranks, alphas))
-    some = next(iter(adapters.values()))
+    some, is_gpt = next(iter(adapters.values())), isinstance(model, GPT)
+    writes_text = is_gpt and model.out_head.out_features == model.cfg.vocab_size
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if writes_text else None,
         "base_model_name_or_path": None,
         "r": r,
         "lora_alpha": alpha,
         "rank_pattern": {layer: n for layer, n in ranks.items() if n != r},
         "alpha_pattern": {layer: a for layer, a in alphas.items() if a != alpha},
-        "lora_dropout": some.dropout.p,
+        "lora_dropout": float(some.dropout.p),
         "use_rslora": some.rslora,
         "use_dora": False,
         "bias": "none",
-        "fan_in_fan_out": True,  # of transformers' Conv1D: PEFT knows that its Linear are not
+        "fan_in_fan_out": is_gpt,  # of transformers' Conv1D: PEFT knows that its Linear are not
         "target_modules": sorted(adapters),
         "modules_to_save": None,
         "init_lora_weights": True,
@@ -299,7 +301,7 @@ def _arguments(config: dict[str, Any], name: str, a: StoredTensor, b: StoredTens
         if not usable or (setting == "lora_dropout" and not 0 <= number <= 1):
             raise ValueError(f"{ADAPTER_CONFIG} has {setting} {shown(number)}: expected a number")
     rslora = bool(config.get("use_rslora"))
-    return {"rank": r, "alpha": alpha, "dropout": dropout, "rslora": rslora}
+    return {"rank": a.shape[0], "alpha": alpha, "dropout": dropout, "rslora": rslora}
 
 
 def _for_layer(config, setting, name, default):

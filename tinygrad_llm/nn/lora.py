@@ -350,7 +350,7 @@ def linear_layers(model: Module) -> dict[str, Linear]:
 def _parts(model):
     """Of each layer that makes q, k and v, by identity: how many outputs are of each."""
     attentions = [m for m in model.modules() if isinstance(m, MultiHeadAttention)]
-    return {id(m.qkv): [s.stop - s.start for s in m._parts()] for m in attentions}
+    return {id(m.qkv): [s.stop - s.start for s in m.parts()] for m in attentions}
 
 
 def _replace(model, new):
