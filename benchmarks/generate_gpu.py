@@ -74,7 +74,7 @@ class Ours(_Player):
 
         self.device, self._size = devices.device(device), size
         self.device.make_current()
-        self._models = {}
+        self._models, self._decoders = {}, {}
 
     def about(self) -> dict:
         return gpu.about(self.device)
@@ -86,12 +86,17 @@ class Ours(_Player):
         return {"weights": weights, "cached": 2 * model.cfg.n_layers * model.cfg.emb_dim}
 
     def _generate(self, task, new):
-        from tinygrad_llm.generate import generate
+        from tinygrad_llm.generate import Decoder, generate
 
         if task.dtype not in self._models:
             self._models[task.dtype] = _model(self._size).to(self.device).to(task.dtype)
         model = self._models[task.dtype]
-        return generate(model, task.prompts(model.cfg.vocab_size), new, temperature=0)
+        if task not in self._decoders:  # its step is recorded once, as the peers' compile once
+            self._decoders[task] = Decoder(model)
+        decoder = self._decoders[task]
+        decoder.forget()
+        prompts = task.prompts(model.cfg.vocab_size)
+        return generate(model, prompts, new, temperature=0, decoder=decoder)
 
 
 class _Torch(_Player):

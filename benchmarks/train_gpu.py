@@ -167,7 +167,10 @@ class Ours(_Contestant):
     def _memory(self):
         """Bytes of both pools: what they hold is what was needed at the peak, and a little more."""
         held = self._made.memory() or 0
-        return {"memory": held, "reserved": held, "no graph": self._made.why_no_graph}
+        from tinygrad_llm import backend
+
+        found = {"memory": held, "reserved": held, "no graph": self._made.why_no_graph}
+        return {**found, "refused": sorted({op for op, _ in backend.refusals})}
 
     def _release(self):
         self._made = None
@@ -469,7 +472,7 @@ def race(arena: Arena, names, batch: int, rounds: int, steps: int, seconds: floa
     for name, timing in times.items():
         rate = tokens / timing.median
         results[name] = timing.to_dict() | {"tokens_per_second": rate}
-        kept = ("memory", "reserved", "attention", "without", "no graph")
+        kept = ("memory", "reserved", "attention", "without", "no graph", "refused")
         results[name] |= {key: last[name][key] for key in kept if last[name].get(key)}
         if name in ratios:
             results[name]["ratio"] = ratios[name].to_dict()
@@ -609,8 +612,9 @@ def _reached(races):
                 f"Batch {found['batch']}: {compiled['ratio']['median']:.2f} times torch.compile "
                 f"(the target is {TARGETS[COMPILED]}), {'no' if less else 'MORE'} more memory."
             )
-    refused = {r["no graph"] for r in ours if r.get("no graph")}
-    return lines + [f"OURS HAD NO GRAPH: {why}" for why in refused]
+    lines += [f"OURS HAD NO GRAPH: {why}" for why in {r.get("no graph") for r in ours} if why]
+    refused = sorted({op for r in ours for op in r.get("refused", ())})
+    return lines + [f"NO KERNEL TOOK SOME CALLS OF {op}: see backend.refusals" for op in refused]
 
 
 def failures(data) -> list[str]:

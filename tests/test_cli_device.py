@@ -166,7 +166,7 @@ def test_training_that_goes_on_is_the_same_bit_for_bit(call, tmp_path, monkeypat
     where = device.device("interpret")
     graph = backend.kernel_module(where, "graph").Graph
     monkeypatch.setattr(graph.__init__, "__defaults__", (1,))  # warm-ups: each takes its time
-    monkeypatch.setattr(where, "memory", lambda: {"held": 1000})
+    monkeypatch.setattr(where, "held", lambda: 1000)
     options = "--heads 1 --batch-size 1 --dtype bfloat16 --dropout 0.1 --eval-interval 1 --quiet"
     code, _, err = call(f"train --data text {TINY} {options} --device interpret --out run")
     assert code == 0, err

@@ -245,6 +245,31 @@ def test_a_fused_kernel_is_its_definition_up_to_second_derivatives(name):
         close(a.data, b.data, "float32", tolerance=10)
 
 
+def test_second_derivatives_where_inputs_depend_on_each_other():
+    """The table of tied weights is both in the input and in the weight of the fused loss; the same
+    feed-forward network twice has its weights in both.
+    """
+    cfg = GPTConfig(11, 4, emb_dim=8, n_heads=2, n_layers=1, drop_rate=0.0)
+    found, ids = [], np.array([[1, 2, 3, 1]])
+    for where in ("cpu", DEVICE):
+        model = GPT(cfg, Generator(0)).to(where)
+        feed_forward = model.blocks[0].ff
+        x = model.hidden_states(ids)
+        loss = model.loss(ids, ids + 1) + (feed_forward(feed_forward(x)) ** 2).mean()
+        first = grad(loss, list(model.parameters()), create_graph=True)
+        length = sum(((g * g).sum() for g in first), Tensor(0.0).to(where))
+        found.append([*first, *grad(length, list(model.parameters()))])
+    for here, there in zip(*found, strict=True):
+        close(there.data, here.data, "float32", tolerance=10)
+
+
+def test_dropout_on_a_gpu_has_no_second_derivatives():
+    x = Tensor(normal(4, 8)).to(DEVICE).requires_grad_()
+    y = F.dropout(x, 0.5, generator=Generator(1))
+    with pytest.raises(RuntimeError, match="dropout on a GPU has no second derivatives"):
+        grad((y * y).sum(), x, create_graph=True)
+
+
 def test_the_fused_loss_is_that_of_the_logits():
     x, w, t = normal(2, 3, 4), normal(7, 4, seed=1), np.array([[0, 6, -100], [2, 2, 5]])
     found = []

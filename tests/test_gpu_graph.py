@@ -617,6 +617,8 @@ class FakeCuPy(types.ModuleType):
             get_current_stream=lambda: streams[-1],
             runtime=types.SimpleNamespace(streamCaptureModeRelaxed="relaxed"),
         )  # fmt: skip
+        usual = types.SimpleNamespace(free_all_blocks=lambda: called("the usual pool is emptied"))
+        self.get_default_memory_pool = lambda: usual
 
 
 @pytest.fixture
@@ -644,7 +646,7 @@ def test_a_capture_in_cupy(cupy):
     recorded = Graph(function)
     recorded.replay()
     assert fake.calls == [
-        "null.record", "stream.wait_event null",
+        "the usual pool is emptied", "null.record", "stream.wait_event null",
         *["run on stream", "empty from private"] * 2,
         "begin_capture relaxed", "recorded on stream", "empty from private", "end_capture",
         "stream.record", "null.wait_event stream", "upload on null", "launch on null",

@@ -29,6 +29,7 @@ from tinygrad_llm.cli.log import Log
 from tinygrad_llm.cli.run import new_run, resumed_run
 from tinygrad_llm.cli.screen import Screen
 from tinygrad_llm.data import train_val_split
+from tinygrad_llm.device import CPU
 from tinygrad_llm.random import Generator
 from tinygrad_llm.train import Report, evaluate
 
@@ -298,7 +299,7 @@ def test_the_model_of_an_abandoned_branch_does_not_stay(tmp_path, text_file):
     best = min(losses, key=losses.get)
     assert losses[best] == loss_of_the_model(run)
     *_, older, newer = [path for path in checkpoints(run) if step_of(path) <= best]
-    resumed = resumed_run(run, older.stem, {}, set(), None, None, False, Screen(True))
+    resumed = resumed_run(run, older.stem, {}, set(), None, None, False, CPU, Screen(True))
     step, lowest = resumed.trainer.best  # it has not made a step yet: it may be killed now
     assert step < best and lowest == losses[step] == loss_of_the_model(run)
     resumed.log.close()
@@ -328,7 +329,9 @@ def test_one_process_at_a_time(tmp_path, trained):
     steps = [line["step"] for line in log_of(copied(run, tmp_path / "whole_lines"))[:-1]]
     assert steps == list(range(len(steps)))
     assert train("--out", run, "--resume", "--steps", 1).returncode == 2
-    resumed_run(run, None, {}, set(), 100_000, None, False, Screen(True)).log.close()  # no lock
+    resumed_run(
+        run, None, {}, set(), 100_000, None, False, CPU, Screen(True)
+    ).log.close()  # no lock
 
 
 def test_two_that_start_at_once(tmp_path, text_file):
@@ -354,7 +357,7 @@ def test_a_run_that_came_in_between_is_not_written_over(tmp_path, trained, monke
 
     monkeypatch.setattr(run_module, "_made_directory", made)
     with pytest.raises(ValueError, match="already holds a training run"):
-        new_run(tmp_path / "run", options, 2, None, False, Screen(True))
+        new_run(tmp_path / "run", options, 2, None, False, CPU, Screen(True))
     assert files_of(tmp_path / "run") == files_of(trained)
 
 

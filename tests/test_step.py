@@ -107,6 +107,11 @@ def test_targets_that_do_not_count():
         targets[:1, 1:4] = -100  # the first piece has less to say
         step.start(ids, targets, 1e-2)
         losses.append(step.finish())
+        targets[:1] = -100  # and now nothing
+        before = targets.copy()
+        step.start(ids, targets, 1e-2)
+        losses[-1] += step.finish()
+        assert np.array_equal(targets, before)
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
@@ -145,6 +150,37 @@ def test_a_step_of_another_shape_is_recorded_anew():
         step.start(ids[:rows], ids[:rows], 0.0)
         losses.append(step.finish()[0])
     assert losses[0] == losses[2] != losses[1]
+
+
+def changed(trainer, **options):
+    for group in trainer.optimizer.param_groups:
+        group.update(options)
+
+
+CHANGES = {
+    "a loaded state": lambda t, saved: t.optimizer.load_state_dict(saved),
+    "other memory": lambda t, saved: t.model.to("float64").to("float32"),
+    "a frozen table": lambda t, saved: t.model.tok_emb.weight.requires_grad_(False),
+    "another decay": lambda t, saved: [
+        g.update(weight_decay=0.9) for g in t.optimizer.param_groups
+    ],
+    "other betas": lambda t, saved: [g.update(betas=(0.5, 0.7)) for g in t.optimizer.param_groups],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_a_recorded_step_depends_on_may_change(change):
+    found = []
+    for where in ("cpu", DEVICE):
+        trainer = make_trainer(where)
+        trainer.training_step()
+        saved = copy.deepcopy(trainer.optimizer.state_dict())
+        trainer.training_step()
+        change(trainer, saved)
+        trainer.training_step()
+        found.append(weights(trainer))
+    for name, x in found[0].items():
+        np.testing.assert_allclose(found[1][name], x, rtol=1e-4, atol=2e-5)
 
 
 def test_recording_a_step_changes_nothing():
@@ -248,7 +284,7 @@ def test_the_scale_is_pytorchs():
 
 
 @pytest.mark.parametrize("make", [
-    lambda p: AdamW(p, lr=0.1, weight_decay=0.3),
+    lambda p: AdamW([{"params": p[:1]}, {"params": p[1:]}], lr=0.1, weight_decay=0.3),
     lambda p: AdamW([{"params": p[:1], "lr": 0.2}, {"params": p[1:]}], lr=0.1),
     lambda p: SGD(p, lr=0.1, momentum=0.9),
 ], ids=["one kernel", "groups of their own", "SGD"])  # fmt: skip
@@ -259,7 +295,11 @@ def test_an_optimizer_moves_what_is_there_as_it_does_here(make):
         parameters = [Tensor(rng.standard_normal(s).astype("f")) for s in ((3, 4), (5,))]
         parameters = [p.to(where).requires_grad_() for p in parameters]
         optimizer = make(parameters)
-        for step in range(4):
+        for step in range(6):
+            if step == 4:
+                optimizer.param_groups[0]["weight_decay"] = 0.7
+            if step == 5:  # with more than one group, one kernel does not do any more
+                optimizer.param_groups[0]["lr"] = 0.05
             for p in parameters:
                 g = rng.standard_normal(p.shape).astype("f")
                 p.grad = Tensor(g).to(where)

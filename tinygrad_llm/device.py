@@ -59,10 +59,11 @@ class Device:
     def synchronize(self):
         """Waits until all that was asked for is done."""
 
+    def held(self):
+        """Bytes of it that this process has held at most so far; None if nobody knows."""
+
     def memory(self):
-        """Bytes: {"held": by this process at most so far, "free": nobody's, "total": of the
-        device}, without what nobody knows.
-        """
+        """Bytes: {"free": nobody's, "total": of the device}, without what nobody knows."""
         return {}
 
     def _from_host(self, x):
@@ -70,21 +71,23 @@ class Device:
 
 
 class _Host(Device):
+    def held(self):
+        if resource is None:
+            return None
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
     def memory(self):
-        found = {}
-        if hasattr(os, "sysconf"):  # not on Windows
-            found["total"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if resource is not None:
-            unit = 1 if sys.platform == "darwin" else 1024
-            found["held"] = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return found
+        if not hasattr(os, "sysconf"):  # on Windows
+            return {}
+        return {"total": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
 
 
 class _Interpreted(Device):
     kernels = "tinygrad_llm.kernels.gpu"
 
     def memory(self):
-        return {name: n for name, n in CPU.memory().items() if name == "total"}
+        return CPU.memory()
 
     def _from_host(self, x):
         return self.xp.asarray(x)
@@ -119,10 +122,13 @@ class _Cuda(Device):
     def synchronize(self):
         self._device.synchronize()
 
+    def held(self):
+        return self._pool.total_bytes()
+
     def memory(self):
         with self._device:
             free, total = self._device.mem_info
-            return {"held": self._pool.total_bytes(), "free": free, "total": total}
+            return {"free": free, "total": total}
 
 
 CPU = _Host("cpu", np)

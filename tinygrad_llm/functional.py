@@ -234,14 +234,15 @@ def cross_entropy(logits, targets, ignore_index=-100, reduction="mean"):
             f"cross_entropy: logits {logits.shape} need targets of shape {logits.shape[:-1]}, "
             f"not {ids.shape}"
         )
-    counted = ids != ignore_index
     if of(ids) is CPU:  # on a GPU nobody waits for the answer
+        counted = ids != ignore_index
         counts = ids if counted.all() else ids[counted]
         _check_range(counts, logits.shape[-1], "cross_entropy: target")
     if reduction == "mean":
         rows = logits.reshape(-1, logits.shape[-1]) if logits.ndim != 2 else logits
         return apply(TABLE["cross_entropy"], rows, ids.reshape(-1), ignore_index=ignore_index)
     _check_reduction(reduction)
+    counted = ids != ignore_index
     chosen = gather(log_softmax(logits), np.where(counted, ids, 0)[..., None]).squeeze(-1)
     losses = where(counted, -chosen, 0.0)
     return losses.sum() if reduction == "sum" else losses

@@ -253,6 +253,7 @@ class GPT(Module):
     def _hidden_states(self, ids, segments, cache):
         """Those; what is added to the cache counts once the caller commits it."""
         where = of(self.tok_emb.weight.data)
+        where.make_current()
         if cache is None:
             ids = self._checked(ids)  # (B, T)
             positions, mask = where.xp.arange(ids.shape[1]), None  # (T,)

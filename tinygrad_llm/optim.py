@@ -192,7 +192,8 @@ class AdamW(Optimizer):
     have one count t then.
     """
 
-    _kernel = None  # of all parameters: kernels.gpu.optim.AdamW
+    # Of all parameters: kernels.gpu.optim.AdamW, and the options and arrays that it was made with.
+    _kernel = _made_with = None
 
     def __init__(
         self,
@@ -210,6 +211,7 @@ class AdamW(Optimizer):
             gradients = [None if p.grad is None else p.grad.data for p in self._parameters()]
             self.step_on_device(gradients, self.param_groups[0]["lr"])
         else:
+            self._leave_kernel()
             super().step()
 
     def step_on_device(self, gradients, lr, max_norm=None, loss_scale=None, guarded=False):
@@ -231,35 +233,45 @@ class AdamW(Optimizer):
                 "AdamW: no kernel moves these parameters: they are on the CPU, kernels are off, or "
                 "groups differ in more than weight_decay; use step()"
             )
-        if self._kernel is None:
-            self._kernel = self._made_kernel()
+        decays = [group["weight_decay"] for group in self.param_groups for _ in group["params"]]
+        options = decays, *(self.param_groups[0][name] for name in ("betas", "eps"))
+        arrays = [p.data for p in self._parameters()]
+        same = self._made_with is not None and self._made_with[0] == options
+        same = same and all(a is b for a, b in zip(arrays, self._made_with[1]))
+        if self._kernel is None or not same:
+            self._leave_kernel()
+            self._kernel, self._made_with = self._made_kernel(*options), (options, arrays)
         return self._kernel
 
-    def state_dict(self) -> dict:
+    def _leave_kernel(self):
+        """The state is all in `state` again, and the kernel no more."""
+        self._count_steps()
+        self._kernel = self._made_with = None
+
+    def _count_steps(self):
         if self._kernel is not None:
             step = int(self._kernel.steps)
             for state in self.state:
                 state["step"] = step
+
+    def state_dict(self) -> dict:
+        self._count_steps()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
-        self._kernel = None  # made anew from this state
+        self._kernel = self._made_with = None  # made anew from this state
 
     def _by_kernel(self):
         first = self.param_groups[0]
         alike = all(group[k] == first[k] for group in self.param_groups for k in _SHARED)
         return alike and kernels_for(self._parameters()) is not None
 
-    def _made_kernel(self):
+    def _made_kernel(self, decays, betas, eps):
         """The kernel, which owns the state's arrays from now on, with what is in them."""
-        parameters, first = self._parameters(), self.param_groups[0]
-        decays = [group["weight_decay"] for group in self.param_groups for _ in group["params"]]
+        parameters = self._parameters()
         kernel = kernels_for(parameters).AdamW(
-            [p.data for p in parameters],
-            weight_decay=decays,
-            betas=first["betas"],
-            eps=first["eps"],
+            [p.data for p in parameters], weight_decay=decays, betas=betas, eps=eps
         )
         own = {"exp_avg": kernel.exp_avg, "exp_avg_sq": kernel.exp_avg_sq, "master": kernel.masters}
         for i, (p, state) in enumerate(zip(parameters, self.state, strict=True)):
@@ -333,7 +345,9 @@ def kernels_for(parameters):
     where = {of(p.data) for p in parameters}
     if len(where) != 1 or not all(p.dtype in DTYPES.values() for p in parameters):
         return None
-    return backend.kernel_module(where.pop(), "optim")
+    (where,) = where
+    where.make_current()
+    return backend.kernel_module(where, "optim")
 
 
 # --- before the step ------------------------------------------------------------------------------

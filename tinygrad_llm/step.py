@@ -37,6 +37,8 @@ class _Step:
     generator       draws the dropout masks
     shards          the CPU's threads
     graph           whether a GPU's step may be recorded
+
+    After a step, `scale` is what its loss was multiplied by, if there is a loss_scale.
     """
 
     why_no_graph = None  # why a GPU's steps are launched kernel by kernel, if they are
@@ -61,7 +63,7 @@ class _Step:
 
     def memory(self) -> int | None:
         """Bytes of the device that this process has held at most so far; None if nobody knows."""
-        return self.where.memory().get("held")
+        return self.where.held()
 
     def state_dict(self) -> dict:
         """What a restart needs beside the model and the optimizer."""
@@ -107,8 +109,9 @@ class DeviceStep(_Step):
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._drops = model.draws_masks()
         self._graphs = backend.kernel_module(self.where, "graph")
-        self._graph = self._staging = self.why_no_graph = None
+        self._graph = self._recorded = self.why_no_graph = None
         self._scale = None  # that of the loss, on the device
+        self.where.make_current()
         if self.loss_scale is not None:
             kernels = backend.kernel_module(self.where, "optim")
             interval = self.loss_scale.interval
@@ -123,13 +126,17 @@ class DeviceStep(_Step):
         shape = self.accumulate, -1, ids.shape[1]
         inputs = {
             "ids": np.ascontiguousarray(ids.reshape(shape), np.int64),
-            "targets": np.ascontiguousarray(targets.reshape(shape), np.int64),
+            "targets": np.array(targets.reshape(shape), np.int64),
             "weights": (counted / max(counted.sum(), 1)).astype(np.float32),
             "lr": float(lr),
             "word": int(self.generator.integers(0, 2**62, ())) if self._drops else 0,
         }
-        if self._staging is None or self._staging.arrays["ids"].shape != inputs["ids"].shape:
+        # A piece in which nothing counts weighs nothing; but its mean has to be a number.
+        inputs["targets"][counted == 0, 0, 0] = 0
+        self.where.make_current()
+        if self._recorded != (found := self._traits(ids.shape)):
             self._record(inputs)
+            self._recorded = found
         self._staging.fill(**inputs)
         if self._graph is None:
             results = self._compute()
@@ -143,17 +150,24 @@ class DeviceStep(_Step):
         loss, norm, self.scale = self._readback.wait().tolist()
         return loss, norm
 
+    def _traits(self, shape):
+        """What a recorded step depends on, as something to compare."""
+        model = self.model
+        arrays = [(id(p.data), p.requires_grad) for p in model.parameters()]
+        modes = [module.training for module in model.modules()]
+        return shape, self.optimizer.device_kernel(), arrays, modes, model.recompute
+
     def _record(self, inputs):
         """Makes the graph for inputs of these shapes, or says why there is none."""
         shapes = {name: (np.shape(x), _dtype(x)) for name, x in inputs.items()}
+        self._graph = None  # whose memory the next one may need
         self._staging = self._graphs.Staging(shapes)
         self._readback = self._graphs.Readback()
-        self.optimizer.device_kernel()  # whose arrays outlive the graph
         # Recording runs the step a few times before. A gradient that is no number changes nothing.
         nothing = np.full(self.accumulate, np.nan, np.float32)
         self._staging.fill(**{**inputs, "weights": nothing})
-        before = self._get_scale()
-        self._graph, self.why_no_graph = None, None
+        before, stream = self._get_scale(), self.generator.get_state()
+        self.why_no_graph = None
         try:
             if not self.wants_graph:
                 raise self._graphs.GraphError("none was asked for")
@@ -161,22 +175,23 @@ class DeviceStep(_Step):
         except self._graphs.GraphError as error:
             self.why_no_graph = str(error)
         self._set_scale(before)
+        self.generator.set_state(stream)  # where the host draws masks
 
     def _compute(self):
         """The step, of what is in the staging's arrays: [loss, length of the gradient, scale]."""
         a, totals, loss = self._staging.arrays, {}, 0.0
+        scale = a["lr"] if self._scale is None else self._scale.scale.copy()
         with random.kernel_seeds_from(a["word"]):
             for i in range(self.accumulate):
                 one = self.model.loss(Tensor(a["ids"][i]), Tensor(a["targets"][i]))
                 weight = a["weights"][i]
-                scaled = weight if self._scale is None else weight * self._scale.scale
+                scaled = weight if self._scale is None else weight * scale
                 _add(totals, leaf_gradients(one, Tensor(scaled)), self.accumulate > 1)
                 loss = loss + one.data * weight
         gradients = [totals.get(id(p)) for p in self._parameters]
         norm = self.optimizer.step_on_device(
             gradients, a["lr"], self.max_norm, self._scale, guarded=True
         )
-        scale = norm if self._scale is None else self._scale.scale
         return self.where.xp.stack([loss, norm, scale])
 
     def memory(self) -> int | None:

@@ -433,7 +433,8 @@ def _together(name, args, arrays):
 
 def fused(name, definition, *inputs, drawn=None, **attributes):
     """definition(*inputs), a composition of ops on Tensors (or None), by one kernel of that name if
-    the device of the inputs has one that takes them. The CPU has few: its ops are as fast.
+    the device of the inputs has one that takes them (the CPU has few: its ops are as fast). No
+    other Tensor may require a gradient in it.
 
     attributes  what the kernel is given beside the arrays
     drawn       a function that gives more of them, from a random stream that the definition, too,
@@ -454,7 +455,8 @@ def fused(name, definition, *inputs, drawn=None, **attributes):
         backend.refusals[name, str(error)] += 1
         return definition(*inputs)
     recorded = _recording.on and any(x.requires_grad for x in tensors)
-    op = SimpleNamespace(name=name, saves=False, vjp=partial(_vjp_of_definition, definition))
+    once_more = _not_twice if drawn else partial(_vjp_of_definition, definition)
+    op = SimpleNamespace(name=name, saves=False, vjp=once_more)
     vjp = backend.with_plain_gradient(kernel.vjp)
     implementation = backend.Implementation(op, None, vjp, saves=True, is_kernel=True)
     node = (implementation, inputs, attributes, saved) if recorded else None
@@ -467,10 +469,25 @@ def _anything(*arrays, **attributes):
 
 
 def _vjp_of_definition(definition, xp, g, y, *inputs, **attributes):
-    """The gradients of a fused kernel on the tape: those of the ops that it stands for."""
-    xs = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-    found = dict(zip(map(id, xs), grad(definition(*inputs), xs, g, create_graph=True)))
-    return tuple(found.get(id(x)) for x in inputs)
+    """The gradients of a fused kernel on the tape: those of the ops that it stands for. Each input
+    is given another name there, since one of them may be made of another, or be the same twice.
+    """
+    aliases = [_alias(x) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs]
+    xs = [a for a, x in zip(aliases, inputs) if a is not x]
+    found = dict(zip(map(id, xs), grad(definition(*aliases), xs, g, create_graph=True)))
+    return tuple(found.get(id(a)) for a in aliases)
+
+
+def _not_twice(xp, g, y, *inputs, **attributes):
+    raise RuntimeError(
+        "dropout on a GPU has no second derivatives (create_graph), since its kernel draws the "
+        "mask: differentiate on the CPU, or without dropout"
+    )
+
+
+def _alias(x):
+    """The same Tensor under another name: x in all but identity."""
+    return _fill(Tensor.__new__(Tensor), x.data, True, (_TO, [x], {}, None))
 
 
 def _moved(x, where):
@@ -712,6 +729,8 @@ def _freed(op):
 def _vjp(tensor, node, gradient, only):
     """The gradients of the op that made `tensor`, one for each input: arrays."""
     implementation, inputs, attributes, saved = node
+    if type(tensor.data) is not _NUMPYS:
+        of(tensor.data).make_current()
     arrays = [x.data if isinstance(x, Tensor) else x for x in inputs]
     if implementation.saves:
         attributes = {**attributes, "saved": saved}

@@ -109,6 +109,8 @@ class _Captured:
         self._stream = self._cuda.Stream(non_blocking=True)
 
     def record(self, function, warmups):
+        # Memory that nobody uses: the pool of the graph cannot take it from the usual one.
+        sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
         current, stream = self._cuda.get_current_stream(), self._stream
         stream.wait_event(current.record())
         try:

@@ -67,12 +67,12 @@ def _kept(cfg, numbers):
 def kept_on_gpu(cfg: GPTConfig) -> int:
     """Numbers that a forward pass with the GPU's kernels keeps of each token, but for its logits.
 
-    In a block, in units of the width C: two norms (2), q, k and v (3), what attention gives, in two
-    layouts (2), and its projection (1), the feed-forward layer before and after GELU (8) and its
-    projection (1), two sums (2). A few numbers of each norm, and one of each head.
+    In a block, in units of the width C: two norms (2), q, k and v (3), what attention gives (1) and
+    its projection (1), the feed-forward layer before and after GELU (8) and its projection (1), two
+    sums (2). A few numbers of each norm, and one of each head.
     """
     C = cfg.emb_dim
-    block = 19 * C + cfg.n_heads + 6
+    block = 18 * C + cfg.n_heads + 6
     if cfg.dropout("shortcut"):
         block += 2 * C  # two products; masks are drawn again
     return cfg.n_layers * block + (4 if cfg.dropout("emb") else 3) * C

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import random
+from .. import backend, random
 from ..generate import generate
 from ..gpt import SIZES
 from ..parallel import default_threads
@@ -213,6 +213,14 @@ def _use_size(options: dict[str, Any], given: set[str]) -> None:
     options.update(sizes)
 
 
+def _say_what_is_slow(trainer: Trainer, screen: Screen) -> None:
+    """What keeps a GPU from its best, after the first step, if anything does."""
+    if trainer.update.why_no_graph:
+        screen.say(f"steps are launched kernel by kernel: {trainer.update.why_no_graph}")
+    for op, why in backend.refusals:
+        screen.say(f"{op}: no kernel takes it ({why}); its own lines run in its place")
+
+
 def _train(run: Run, screen: Screen) -> int:
     """Trains to the end or to Ctrl-C; returns the exit code."""
     trainer, steps = run.trainer, run.trainer.settings.steps
@@ -221,8 +229,8 @@ def _train(run: Run, screen: Screen) -> int:
     memory = enough_memory(trainer.update.where, f"{less}; what was saved is kept")
     with memory, StopSignal() as stop, screen.progress("training") as show:
         for report in trainer.run():
-            if trainer.update.why_no_graph and not said:
-                screen.say(f"steps are launched kernel by kernel: {trainer.update.why_no_graph}")
+            if report.step and not said:
+                _say_what_is_slow(trainer, screen)
                 said = True
             with user_input():
                 run.log.add(report)

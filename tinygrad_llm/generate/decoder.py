@@ -67,6 +67,10 @@ class Decoder:
         """Row b of what is kept becomes what row rows[b] was, as beam search needs it."""
         self._kept.select(rows)
 
+    def forget(self) -> None:
+        """The next texts are computed from their first token on; a recorded step is kept."""
+        self._kept.forget()
+
     def _cropped(self, ids, padding):
         """The last tokens, as many as the model can see."""
         cut = max(ids.shape[1] - self.model.cfg.context_length, 0)
@@ -84,6 +88,10 @@ class _Texts:
         self.model = model
         self._cache = None
         self._ids = np.empty((0, 0), np.int64)  # those in the cache
+
+    def forget(self):
+        """As Decoder says."""
+        self._ids = self._ids[:, :0]
 
     def logits(self, ids, padding):
         """(B, V), of each row's last token."""

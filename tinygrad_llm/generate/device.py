@@ -32,6 +32,7 @@ class DeviceTexts:
 
     def __init__(self, model: Any):
         self.model, self.where = model, device(model.device)
+        self.where.make_current()
         self._graphs = backend.kernel_module(self.where, "graph")
         self.why_no_graph = None if self._graphs else "kernels are switched off"
         self._limit = self.where.xp.zeros(1, np.int64)  # of the ids that a step chooses from
@@ -71,6 +72,11 @@ class DeviceTexts:
             if self._turn != turn:
                 return
             now, ahead = ahead, now
+
+    def forget(self) -> None:
+        """As Decoder says."""
+        self._turn += 1
+        self._texts = [text[:0] for text in self._texts]
 
     def select(self, rows: np.ndarray) -> None:
         """As Decoder says: in place if there are as many rows, so that the graph stays valid."""

@@ -240,11 +240,17 @@ class FeedForward(Module):
         if not type(self.up) is type(self.down) is Linear or self.gelu.approximate != "tanh":
             return self._forward(x)  # other layers have been put in
         weights = self.up.weight, self.up.bias, self.down.weight, self.down.bias
-        return fused("mlp", lambda x, *_: self._forward(x), x, *weights, activation="gelu_tanh")
+        return fused("mlp", _mlp, x, *weights, activation="gelu_tanh")
 
     def _forward(self, x):
         h = self.gelu(self.up(x))  # (B, T, 4C)
         return self.down(h)  # (B, T, C)
+
+
+def _mlp(x, up, b, down, c):
+    """What a FeedForward computes."""
+    h = F.gelu(F.linear(x, up, b), "tanh")  # (B, T, 4C)
+    return F.linear(h, down, c)  # (B, T, C)
 
 
 class TransformerBlock(Module):

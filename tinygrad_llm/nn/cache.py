@@ -31,7 +31,9 @@ class LayerCache:
         sizes = {"n_heads": n_heads, "context_length": context_length, "head_dim": head_dim}
         check_sizes("KVCache", batch=batch, **sizes)
         shape = batch, n_heads, context_length, head_dim
-        empty = device_named(device).xp.empty
+        where = device_named(device)
+        where.make_current()
+        empty = where.xp.empty
         self.keys, self.values = empty(shape, dtype), empty(shape, dtype)
         self.length = 0
 
@@ -147,7 +149,9 @@ class StaticCache:
     ):
         sizes = {"n_heads": n_heads, "context_length": context_length, "head_dim": head_dim}
         check_sizes("StaticCache", n_layers=n_layers, batch=batch, **sizes)
-        self._rows = _Rows(device_named(device).xp, batch)
+        where = device_named(device)
+        where.make_current()
+        self._rows = _Rows(where.xp, batch)
         shape = batch, n_heads, context_length, head_dim
         self.layers = [StaticLayerCache(self._rows, shape, dtype) for _ in range(n_layers)]
 
@@ -234,7 +238,7 @@ class StaticLayerCache:
         S, R = int(rows.counts[0]) + T, q.shape[1] // k.shape[1]
         if (rows.counts != S - T).any() or window is not None:
             return Tensor(_decode(*arrays, window=window))
-        k, v = (Tensor(_shared(x[:, :, :S], R)) for x in (self.keys, self.values))
+        k, v = (Tensor(_repeated(x[:, :, :S], R)) for x in (self.keys, self.values))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
@@ -254,8 +258,9 @@ def _decode(q, keys, values, lengths, window=None):
     j = xp.arange(n)
     seen = j < end if window is None else (j < end) & (j >= end - window)
     filled = (j < lengths[:, None])[:, None, :, None]  # what lies beyond may be nan
+    zero = xp.zeros((), np.float32)  # CuPy's where knows no bfloat16
     keys, values = (
-        _shared(xp.where(filled, x, xp.zeros((), x.dtype)), q.shape[1] // x.shape[1])
+        _repeated(xp.where(filled, x, zero).astype(x.dtype), q.shape[1] // x.shape[1])
         for x in (keys, values)
     )
     tensors = map(Tensor, (q, keys, values, seen))
@@ -274,7 +279,7 @@ def _select(layer, rows, length):
         getattr(layer, name)[:, :, :length] = filled
 
 
-def _shared(x, R):
+def _repeated(x, R):
     """Keys or values (B, H, n, D) for R H heads of queries, of which R share one."""
     return of(x).xp.repeat(x, R, axis=1) if R > 1 else x
 
