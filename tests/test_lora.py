@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from tinygrad_llm import backend, grad, nn, no_grad, random
 from tinygrad_llm import functional as F  # noqa: N812
 from tinygrad_llm.gpt import GPT, GPTConfig
-from tinygrad_llm.kernels.cpu import linear, lora
 from tinygrad_llm.nn import LoRAConfig
 from tinygrad_llm.optim import AdamW, decay_groups
 from tinygrad_llm.parallel import Shards
@@ -25,7 +24,7 @@ from tinygrad_llm.tensor import Tensor, fused
 
 IDS = np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 TARGETS = np.array([[1, 4, 1, 5, 9], [2, 6, 5, 3, 5]])
-PARTS = ["qkv", "out_proj", "up", "down"]
+LORA, LINEAR = backend.CPU.fused["lora"], backend.CPU.kernels["linear"]
 
 
 def make_gpt(seed=0, **changes):
@@ -194,7 +193,7 @@ def test_the_kernel_is_its_definition(n, k, m, r, bias, scale, needs):
     inputs += [] if bias else [None]
     g, found = normal(2, n, m, seed=9, dtype=np.float64), []
     definition = lambda *xs: by_ops(*xs, scale)  # noqa: E731
-    with mock.patch.object(lora.lora, "forward", wraps=lora.lora.forward) as kernel:
+    with mock.patch.object(LORA, "forward", wraps=LORA.forward) as kernel:
         for y in (fused("lora", definition, *inputs, scale=scale), definition(*inputs)):
             xs = [x for x, want in zip(inputs, wants) if want]
             found.append([y, *(grad(y, xs, g) if xs else ())])
@@ -205,9 +204,11 @@ def test_the_kernel_is_its_definition(n, k, m, r, bias, scale, needs):
 
 def test_the_product_is_added_in_pieces(monkeypatch):
     x, w, A, B = (normal(*s, seed=i) for i, s in enumerate([(7, 3), (4, 3), (2, 3), (4, 2)]))
-    whole, _ = lora.lora.forward(x, w, A, B, scale=2.0)
-    monkeypatch.setattr(lora, "SIZE", 9)  # two rows at a time, and a last one alone
-    pieces, _ = lora.lora.forward(x, w, A, B, scale=2.0)
+    whole, _ = LORA.forward(x, w, A, B, scale=2.0)
+    monkeypatch.setattr(
+        sys.modules[LORA.__module__], "SIZE", 9
+    )  # two rows at a time, and a last one alone
+    pieces, _ = LORA.forward(x, w, A, B, scale=2.0)
     np.testing.assert_allclose(pieces, whole, rtol=1e-6)
     np.testing.assert_allclose(pieces, x @ w.T + 2 * x @ A.T @ B.T, atol=1e-5)
 
@@ -218,7 +219,7 @@ def test_kernels_that_are_off_are_not_used():
     for choice in ("off", "off:lora"):
         with (
             backend.using(backend.reading(choice)),
-            mock.patch.object(lora.lora, "forward", side_effect=AssertionError),
+            mock.patch.object(LORA, "forward", side_effect=AssertionError),
         ):
             np.testing.assert_allclose(logits(model), on, atol=1e-5)
 
@@ -383,10 +384,8 @@ def test_the_backward_pass_is_half_the_multiplications():
         if adapt:
             nn.apply_lora(model, LoRAConfig(1, 1, targets=".*"))
         counted.clear()
-        with count(linear.linear, linear.linear.vjp), count(lora.lora, lora.lora.vjp):
-            reading = backend.Reading(
-                backend._NUMPY, {"linear": linear.linear}, fused={"lora": lora.lora}
-            )
+        with count(LINEAR, LINEAR.vjp), count(LORA, LORA.vjp):
+            reading = backend.Reading(backend._NUMPY, {"linear": LINEAR}, fused={"lora": LORA})
             with backend.using(reading):
                 (model(Tensor(normal(4, 30))) * 1.0).sum().backward()
         found.append(sum(counted) / (4 * 900))
