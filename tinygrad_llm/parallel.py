@@ -103,8 +103,7 @@ class Shards:
         self, shard: Callable, model: GPT, ids: NDArray, targets: NDArray, whole: float
     ) -> list[Any]:
         """shard(ids, targets, weight) for each thread's rows; the weights add up to `whole`."""
-        draws_masks = model.training and any(map(model.cfg.dropout, ("emb", "attn", "shortcut")))
-        alone = draws_masks or model.device != "cpu"
+        alone = (model.training and model.draws_masks()) or model.device != "cpu"
         shares = _shares(targets, 1 if alone else self.threads)
         if len(shares) == 1:
             with self.limited():

@@ -113,7 +113,7 @@ class DeviceStep(_Step):
     def __init__(self, model, optimizer, **settings):
         super().__init__(model, optimizer, **settings)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._drops = any(map(model.cfg.dropout, ("emb", "attn", "shortcut")))
+        self._drops = model.draws_masks()
         self._graphs = backend.kernel_module(self.where, "graph")
         self._graph = self._recorded = self.why_no_graph = None
         self._scale = None  # that of the loss, on the device

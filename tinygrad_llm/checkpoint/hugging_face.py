@@ -22,7 +22,7 @@ from numpy.typing import DTypeLike
 
 from ..data.files import Removal, atomic_write, together
 from ..gpt import GPT, GPTConfig
-from ..nn import Module, no_init
+from ..nn import Module, lora_layers, no_init
 from ..tokenizer import Tokenizer, load
 from .hub import as_path, find_model
 from .shards import (
@@ -145,7 +145,7 @@ def load_model(name_or_dir: str | Path, dtype: DTypeLike = "float32") -> GPT:
     with no_init():
         model = GPT(checkpoint.cfg)
     for name, parameter in model.named_parameters():
-        name = _hugging_face_name(name)
+        name = hugging_face_name(name)
         transposed = bool(TRANSPOSED.search(name))
         parameter.data = read_tensor(checkpoint.tensors[name], dtype, transposed)
     return model
@@ -168,13 +168,15 @@ def save_model(
     dies, there is the old, the new, or a directory without config.json, which does not open.
     """
     dtype, limit = weights_dtype(dtype), size_in_bytes(max_shard_size)
-    directory = as_path(directory)
+    directory, cfg = as_path(directory), model.cfg
+    if model.out_head.weight is not model.tok_emb.weight:  # an adapter has been merged into one
+        cfg = replace(cfg, tie_weights=False)
     with folder_for_new(directory), together() as changes:
         write_weights(directory, _to_hugging_face(model), dtype, limit)
         n = len(changes)
         if tokenizer is not None:
             tokenizer.save(directory)
-        write_config(directory, _config_to_hugging_face(model.cfg, tokenizer), dtype)
+        write_config(directory, _config_to_hugging_face(cfg, tokenizer), dtype)
         if any(file.is_new() for file in changes[n:]):
             changes.insert(0, Removal(directory / CONFIG))
 
@@ -328,7 +330,7 @@ def _has_qkv_bias(tensors: dict[str, StoredTensor]) -> bool:
 # --- names and tensors ----------------------------------------------------------------------------
 
 
-def _hugging_face_name(name: str) -> str:
+def hugging_face_name(name: str) -> str:
     """blocks.0.att.qkv.weight -> transformer.h.0.attn.c_attn.weight"""
     module, _, kind = name.rpartition(".")
     if module in NAMES:
@@ -339,9 +341,14 @@ def _hugging_face_name(name: str) -> str:
 
 def _to_hugging_face(model: GPT) -> Tensors:
     """GPT-2's tensors by name, as views; a tied head comes once."""
+    if lora_layers(model):
+        raise ValueError(
+            "the model has LoRA adapters, which its own files cannot hold: save_adapter them, or "
+            "merge_lora and remove_lora before the model is saved"
+        )
     tensors = {}
     for name, array in model.state_dict().items():
-        name = _hugging_face_name(name)
+        name = hugging_face_name(name)
         tensors[name] = array.T if TRANSPOSED.search(name) else array
     if not model.cfg.qkv_bias:  # GPT-2 always has these
         for i in range(model.cfg.n_layers):
