@@ -126,7 +126,9 @@ class GPTClassifier(Module):
         where, on_host = of(x.data), of(lengths).name == "cpu"
         fit = lengths.shape == (B,) and lengths.dtype.kind in "iu"
         if not fit or (on_host and not ((lengths >= 1) & (lengths <= T)).all()):
-            raise ValueError(f"lengths are {B} integers, each of 1..{T}, not {shown(lengths)}")
+            raise ValueError(
+                f"lengths are {B} integers, each of 1..{T}, not {shown(lengths.tolist())}"
+            )
         t, n = where.xp.arange(T), where.put(lengths)[:, None]
         weights = t == n - 1 if self.position == "last" else (t < n) / n  # (B, T)
         weights = Tensor(weights.astype(x.dtype)).reshape(B, 1, T)
@@ -172,7 +174,7 @@ class GPTClassifier(Module):
         not count. Without dropout and gradients. Raises ValueError for a text without tokens.
         """
         places = [f"text {i}" for i in range(1, len(texts) + 1)]
-        rows = encode_texts(texts, places, tokenizer, self.max_length)
+        rows = encode_texts(texts, places, tokenizer)
         return F.softmax(Tensor(self._logits(rows, batch_size))).data
 
     def predict(
@@ -183,13 +185,13 @@ class GPTClassifier(Module):
         return [self.classes[i] for i in best.tolist()]
 
     def _logits(self, rows, batch_size):
-        """(N, n) float32 in NumPy's memory, of N rows of ids, whatever their lengths are."""
+        """(N, n) float32 in NumPy's memory, of N rows of ids of any length, which are cut."""
         logits = np.empty((len(rows), len(self.classes)), np.float32)
         order = np.argsort([len(row) for row in rows], kind="stable")
         with evaluating(self):
             for start in range(0, len(rows), at_least_one("batch_size", batch_size)):
                 chosen = order[start : start + batch_size]
-                some = [rows[i] for i in chosen]
+                some = [rows[i][: self.max_length] for i in chosen]
                 width = self.max_length if self.position == "last_padded" else None
                 found = self(*padded(some, self.pad_id, width)).data
                 logits[chosen] = of(found).numpy(found)
@@ -374,15 +376,14 @@ def padding_id(tokenizer: Tokenizer) -> int:
 
 
 def encode_texts(
-    texts: Sequence[str],
-    places: Sequence[str],
-    tokenizer: Tokenizer,
-    max_length: int | None = None,
+    texts: Sequence[str], places: Sequence[str], tokenizer: Tokenizer
 ) -> list[np.ndarray]:
-    """The first max_length ids of each text, (T,) int64, nothing in it special.
+    """The ids of each text, (T,) int64, nothing in it special.
 
-    Raises ValueError for a text without any, with its place.
+    Raises ValueError for a text without any, with its place; TypeError for what is no text.
     """
+    if isinstance(texts, str):
+        raise TypeError("expected a list of texts, not a text: put it in a list")
     rows = []
     for text, place in zip(texts, places, strict=True):
         try:
@@ -391,7 +392,7 @@ def encode_texts(
             raise type(error)(f"{place}: {error}") from None
         if len(row) == 0:
             raise ValueError(f"{place}: {shown(text)} has no tokens: leave it out")
-        rows.append(np.asarray(row[:max_length], np.int64))
+        rows.append(np.asarray(row, np.int64))
     return rows
 
 

@@ -22,7 +22,7 @@ TEXT, LABEL = "text", "label"  # what columns are called where nothing else is s
 END = "\0"  # a last line that no file has
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
     """N texts, each of one class.
 
@@ -172,7 +172,7 @@ def _json_rows(path, text, *names):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place} is no valid JSON: {error}") from None
+            raise ValueError(f"{place} is no valid JSON: {getattr(error, 'msg', error)}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{place} is a JSON {type(row).__name__}: expected an object")
         if missing := [name for name in names if name not in row]:
@@ -296,8 +296,8 @@ def split(
     order = _sample(len(table), len(table), seed)
     if not (train > 0 and validation > 0 and train + validation < 1):
         raise ValueError(
-            f"train {train} and validation {validation}: expected shares above 0, and a sum below 1 "
-            "that leaves some rows to test with"
+            f"train {train} and validation {validation}: expected shares above 0, and a sum below "
+            "1 that leaves some rows to test with"
         )
     end = int(train * len(table))
     parts = np.split(order, [end, end + int(validation * len(table))])
