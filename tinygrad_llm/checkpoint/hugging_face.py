@@ -372,9 +372,8 @@ def _classes(config: dict[str, Any]) -> tuple[str, ...] | None:
         return tuple(f"LABEL_{i}" for i in range(n))
     numbers = map(str, range(len(names))) if isinstance(names, dict) else ()
     classes = tuple(names.get(number) for number in numbers)
-    if not all(isinstance(name, str) for name in classes) or not 2 <= len(set(classes)) == len(
-        classes
-    ):
+    named = len(classes) > 1 and all(isinstance(name, str) for name in classes)
+    if not named or len(set(classes)) < len(classes):
         raise ValueError(
             f"id2label is {shown(names)}: expected two classes or more, another name for each of "
             "0, 1 ..."

@@ -107,12 +107,13 @@ def read_table(
         raise ValueError(f"{path} has no rows")
     has_header = _has_header(rows[0][1], text, label, header)
     columns = _columns(rows[0], text, label, has_header)
-    fields = [(place, *(fields[column] for column in columns)) for place, fields in rows]
-    table = _table(path, fields[1:] if has_header else fields, classes)
-    if header is None and not has_header and table.counts()[table.classes[table.labels[0]]] == 1:
+    rows = [(place, *(fields[column] for column in columns)) for place, fields in rows]
+    table = _table(path, rows[1:] if has_header else rows, classes)
+    alone = np.count_nonzero(table.labels == table.labels[0]) == 1
+    if header is None and not has_header and classes is None and alone:
+        place, _, name = rows[0]
         raise ValueError(
-            f"{fields[0][0]}: no other row has the label {fields[0][2].strip()!r}: say if this row "
-            "is a header or not"
+            f"{place}: no other row has the label {name!r}: say if this row is a header or not"
         )
     return table
 
@@ -163,9 +164,9 @@ def _delimited_rows(path, text, delimiter, quotes):
             yield place, fields
 
 
-def _json_rows(path, text, *names):
+def _json_rows(path, content, *names):
     """(place, text, label) of each line that is not empty."""
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):
         place = f"{path}, line {number}"
         if not line.strip():
             continue
@@ -293,13 +294,12 @@ def split(
     train and validation are shares of all rows, rounded down. Raises ValueError for shares that
     leave a part without rows.
     """
-    order = _sample(len(table), len(table), seed)
     if not (train > 0 and validation > 0 and train + validation < 1):
         raise ValueError(
             f"train {train} and validation {validation}: expected shares above 0, and a sum below "
             "1 that leaves some rows to test with"
         )
-    end = int(train * len(table))
+    order, end = _sample(len(table), len(table), seed), int(train * len(table))
     parts = np.split(order, [end, end + int(validation * len(table))])
     if not all(len(part) for part in parts):
         sizes = ", ".join(str(len(part)) for part in parts)
