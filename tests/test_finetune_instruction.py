@@ -202,7 +202,7 @@ def test_packing_keeps_every_target(template, entries, response_only, data):
     shortest = int(whole.prompt_lengths.max()) if response_only else 1
     most = data.draw(st.integers(shortest, longest + 3))
     dataset = Instructions(entries, TOKENIZER, template, most, response_only)
-    assert dataset.too_long == sum(len(text) > most for text in whole.texts)
+    assert dataset.n_too_long == sum(len(text) > most for text in whole.texts)
     packed = dataset.packed()
     assert packed.inputs.shape[1] == most
     for number in range(len(dataset)):
@@ -340,7 +340,9 @@ def test_special_tokens_are_added_to_tokenizer_and_model():
         lambda: CHATML.stop_ids(tokenizer),
         lambda: Instructions(COLOURS, tokenizer, CHATML, 64),
     ):
-        with pytest.raises(ValueError, match=r"chatml needs .*<\|im_start\|>, <\|im_end\|>.*\.add_tokens"):
+        with pytest.raises(
+            ValueError, match=r"chatml needs .*<\|im_start\|>, <\|im_end\|>.*\.add_tokens"
+        ):
             use()
     ids = PHI3.ids(tokenizer, [], "Hello")
     before = model(np.array([ids])).data
@@ -519,6 +521,10 @@ def test_an_interruption_loses_no_more_than_a_batch(tmp_path):
     with pytest.raises(ValueError, match=r"r\.json exists and holds other entries"):
         generate_responses(model, TOKENIZER, COLOURS[1:], ALPACA, path)
     assert path.read_bytes() == before
+    model.calls = 0
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        generate_responses(model, TOKENIZER, COLOURS, ALPACA, tmp_path / "none" / "r.json")
+    assert model.calls == 0
 
 
 def test_drawn_responses_repeat_with_their_seed(tmp_path):
@@ -540,7 +546,11 @@ BAD = [
     ("d.json", "{}", r"d\.json holds an object: expected a list"),
     ("d.json", "[]", r"d\.json holds no entry"),
     ("d.json", f"[{GOOD}, 3]", r"d\.json, entry 2 is a number: expected an object"),
-    ("d.json", f'[{GOOD}, {{"instruction": "a"}}]', r"entry 2 has no 'output'.* found instruction"),
+    (
+        "d.json",
+        f'[{GOOD}, {{"instruction": "a"}}]',
+        r"entry 2 has no 'output'.* found \['instruction'\]",
+    ),
     ("d.json", '[{"input": "x", "output": "a"}]', r"entry 1 has no 'instruction'"),
     ("d.json", '[{"instruction": "a", "output": " \\n"}]', r"entry 1 has an empty 'output'"),
     ("d.json", '[{"instruction": "", "output": "a"}]', r"entry 1 has an empty 'instruction'"),
@@ -579,9 +589,9 @@ def test_entries_that_are_too_long():
     longest, most = max(sizes), sorted(sizes)[-2]
     assert sizes[3] == longest > most
     cut = Instructions(COLOURS, TOKENIZER, CHATML, most)
-    assert len(cut) == 4 and cut.too_long == 1
+    assert len(cut) == 4 and cut.n_too_long == 1
     dropped = Instructions(COLOURS, TOKENIZER, CHATML, most, too_long="drop")
-    assert len(dropped) == 3 and dropped.too_long == 1
+    assert len(dropped) == 3 and dropped.n_too_long == 1
     message = rf"entry 4 makes {longest} tokens, and a row takes {most}"
     with pytest.raises(ValueError, match=message):
         Instructions(COLOURS, TOKENIZER, CHATML, most, too_long="refuse")

@@ -46,7 +46,7 @@ def read_entries(path: str | Path) -> list[Entry]:
     """
     path = Path(path)
     text = read_corpus(path)
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         lines = [(f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), start=1)]
         found = [(where, _parsed(line, where)) for where, line in lines if line.strip()]
     else:
@@ -59,13 +59,15 @@ def read_entries(path: str | Path) -> list[Entry]:
         found = [(f"{path}, entry {i}", entry) for i, entry in enumerate(entries, start=1)]
     if not found:
         raise ValueError(f"{path} holds no entry: expected at least one")
+    for where, entry in found:
+        _check_characters(entry, where)
     return [_checked(entry, where) for where, entry in found]
 
 
 def write_entries(path: str | Path, entries: Iterable[Entry]) -> None:
     """Replaces a file by these entries, in the format that read_entries finds by its name."""
     path = Path(path)
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     else:
         text = json.dumps(list(entries), ensure_ascii=False, indent=4) + "\n"
@@ -110,24 +112,26 @@ def _checked(entry: Any, where: str) -> Entry:
     """The entry with all its texts. Raises ValueError."""
     if not isinstance(entry, dict):
         raise ValueError(f"{where} is {_kind(entry)}: expected an object with {', '.join(ASKED)}")
+    for key in ASKED:
+        if key not in entry and key != "input":
+            raise ValueError(
+                f"{where} has no {key!r}: expected {', '.join(ASKED)}, found {[*entry]}"
+            )
     entry = {**entry, "input": entry.get("input", "")}
     for key in ASKED:
-        if key not in entry:
-            raise ValueError(
-                f"{where} has no {key!r}: expected {', '.join(ASKED)}, found "
-                f"{', '.join(k for k in entry if k != 'input') or 'nothing'}"
-            )
         if not isinstance(entry[key], str):
             raise ValueError(f"{where} has {_kind(entry[key])} as {key!r}: expected a text")
         if key != "input" and not entry[key].strip():
             raise ValueError(f"{where} has an empty {key!r}: write it, or leave the entry out")
-        try:
-            entry[key].encode()
-        except UnicodeEncodeError:  # JSON can spell it
-            raise ValueError(
-                f"{where} has half a surrogate pair in {key!r}, which is no character"
-            ) from None
     return entry
+
+
+def _check_characters(entry: Any, where: str) -> None:
+    """Raises ValueError for half a surrogate pair: JSON can spell it, a file cannot have it."""
+    try:
+        json.dumps(entry, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} has half a surrogate pair, which is no character") from None
 
 
 def _kind(value: Any) -> str:
@@ -182,7 +186,7 @@ class Instructions:
                     out, "refuse" raises ValueError
 
     `texts` are the ids of each entry, without the end that `collate` adds; `prompt_lengths` says
-    how many of them are its prompt; `too_long` counts the entries that were cut or left out.
+    how many of them are its prompt; `n_too_long` counts the entries that were cut or left out.
     Raises ValueError, which names the entry, for one that is refused, and, with response_only, one
     whose prompt leaves no room for a response; for special tokens that the tokenizer lacks; and if
     no entry is left.
@@ -200,14 +204,14 @@ class Instructions:
         if too_long not in ("truncate", "drop", "refuse"):
             raise ValueError(f'too_long is "truncate", "drop" or "refuse", not {too_long!r}')
         self.max_length = at_least_one("max_length", max_length)
-        self.response_only, self.too_long = response_only, 0
+        self.response_only, self.n_too_long = response_only, 0
         self.texts: list[np.ndarray] = []
         prompt_lengths = []
         for number, entry in enumerate(entries, start=1):
             entry = _checked(entry, f"entry {number}")
             ids, n_prompt = template.encode(tokenizer, *(entry[key] for key in ASKED))
             if len(ids) > max_length:
-                self.too_long += 1
+                self.n_too_long += 1
                 if too_long == "drop":
                     continue
                 if too_long == "refuse" or (response_only and n_prompt > max_length):
@@ -365,8 +369,7 @@ def generate_responses(
         "vocab_size": tokenizer.vocab_size,
         **sampling,
     }
-    if not missing:
-        write_entries(path, entries)
+    write_entries(path, entries)  # if it cannot be written, nothing has been generated in vain
     for start in range(0, len(missing), batch_size):
         batch = missing[start : start + batch_size]
         ends = [min(len(prompts[i]) + max_new_tokens, model.cfg.context_length) for i in batch]
