@@ -13,6 +13,7 @@ from texts import data_file
 from tinygrad_llm import functional as F  # noqa: N812
 from tinygrad_llm import random
 from tinygrad_llm.checkpoint import load_model, load_tokenizer, save_model
+from tinygrad_llm.cli.chat import Conversation
 from tinygrad_llm.data import DataLoader
 from tinygrad_llm.data.files import together
 from tinygrad_llm.finetune import (
@@ -309,6 +310,11 @@ def test_a_template_and_its_model_are_saved_together_or_not_at_all(tmp_path):
         save_template(tmp_path, ALPACA)
         raise KeyboardInterrupt
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with together():
+        save_model(model, tmp_path, tokenizer)
+        save_template(tmp_path, ALPACA)
+        save_template(tmp_path, PHI3)  # a shorter text
+    assert saved_template(tmp_path) is PHI3
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ValueError, match=r"tokenizer_config.json is missing"):
@@ -431,38 +437,54 @@ def test_a_state_of_another_dataset_is_refused():
 # --- responses ------------------------------------------------------------------------------------
 
 
+class Counting(GPT):
+    """Knows how often it was run."""
+
+    calls = 0
+
+    def _hidden_states(self, *args):
+        self.calls += 1
+        return super()._hidden_states(*args)
+
+
+def counting(context_length=96, init="torch"):
+    sizes = {"emb_dim": 16, "n_heads": 2, "n_layers": 1, "drop_rate": 0.0}
+    cfg = GPTConfig(TOKENIZER.vocab_size, context_length, **sizes)
+    return Counting(cfg, random.Generator(0), init).eval()
+
+
 @every_template
 def test_a_model_learns_its_answers_and_gives_them(template, tmp_path):
-    tokenizer = make_tokenizer()
-    model = make_model(context_length=128).train()
-    data = COLOURS[:3]
+    model, data, tokenizer = counting(128, "gpt2").train(), COLOURS[:3], TOKENIZER
     dataset = Instructions(data, tokenizer, template, 128, response_only=True)
     batches = EpochBatches(dataset, 3, random.Generator(0))
     optimizer = AdamW(model.parameters(), lr=2e-2)
-    for _ in range(80):
+    for _ in range(100):
         loss = model.loss(*next(batches))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert mean_loss(model, [dataset.batch(range(3))]) < 0.1
+    assert mean_loss(model, [dataset.batch(range(3))]) < 0.02
+    model.calls = 0
     found = generate_responses(model, tokenizer, data, template, tmp_path / "r.json", 40)
     assert [e["model_response"] for e in found] == [e["output"] for e in data]
+    longest = max(len(tokenizer.encode_ordinary(e["output"])) for e in data)
+    assert model.calls == longest + 1  # and not 40: it stops when all have ended
     assert model.training
 
 
-class Counting(GPT):
-    """Knows how often its logits were asked for."""
-
-    calls = 0
-
-    def forward(self, *args, **options):
-        self.calls += 1
-        return super().forward(*args, **options)
-
-
-def counting(context_length=96):
-    cfg = GPTConfig(TOKENIZER.vocab_size, context_length, emb_dim=16, n_heads=2, n_layers=1)
-    return Counting(cfg, random.Generator(0), init="torch").eval()
+@every_template
+def test_chat_can_use_it(template):
+    """In place of its PlainTemplate."""
+    model = counting(160)
+    stops = {"stop_id": template.stop_ids(TOKENIZER), "vocab_size": TOKENIZER.vocab_size}
+    chat = Conversation(model, TOKENIZER, template, 9, {"temperature": 0, **stops})
+    chat.turns = [("Hello", "Hi")]
+    ids = template.ids(TOKENIZER, chat.turns, "And now?")
+    (row,) = generate(model, [ids], 9, 0, **stops)
+    assert template.extract("".join(chat.reply("And now?"))) == template.extract(
+        TOKENIZER.decode(row[len(ids) :])
+    )
 
 
 @pytest.mark.parametrize("name", ["r.json", "r.jsonl"])
@@ -471,7 +493,7 @@ def test_responses_are_what_the_model_says_alone(name, tmp_path):
     found = generate_responses(
         model, TOKENIZER, COLOURS, CHATML, tmp_path / name, 20, 3, lambda *done: calls.append(done)
     )
-    assert calls == [(3, 4), (4, 4)]
+    assert calls == [(3, 4), (4, 4)] and model.calls > 0
     assert read_entries(tmp_path / name) == found
     for e, asked in zip(found, COLOURS, strict=True):
         ids = CHATML.ids(TOKENIZER, [], CHATML.content(asked["instruction"], asked["input"]))
@@ -597,6 +619,10 @@ def test_entries_that_are_too_long():
         Instructions(COLOURS, TOKENIZER, CHATML, most, too_long="refuse")
     with pytest.raises(ValueError, match=r"entry 4 makes \d+ tokens, \d+ of them its prompt"):
         Instructions(COLOURS, TOKENIZER, CHATML, most, response_only=True)
+    _, n_prompt = CHATML.encode(TOKENIZER, **COLOURS[3])
+    assert (Instructions(COLOURS[3:], TOKENIZER, CHATML, n_prompt, True)[0][1] != -100).sum() == 1
+    with pytest.raises(ValueError, match=f"{n_prompt} of them its prompt, and a row takes"):
+        Instructions(COLOURS[3:], TOKENIZER, CHATML, n_prompt - 1, True)
     with pytest.raises(ValueError, match="no entry of at most 3 tokens"):
         Instructions(COLOURS, TOKENIZER, CHATML, 3, too_long="drop")
     exact = Instructions(COLOURS, TOKENIZER, CHATML, longest, too_long="refuse")

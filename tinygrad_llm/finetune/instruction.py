@@ -104,8 +104,9 @@ def _parsed(text: str, where: str) -> Any:
             f"{where} is not valid JSON ({line}column {error.colno}: {error.msg})"
         ) from None
     except (ValueError, RecursionError):  # thousands of digits or of brackets
-        raise ValueError(f"{where} is not JSON that Python can read: a number or the nesting has "
-                         "no end") from None  # fmt: skip
+        raise ValueError(
+            f"{where} is not JSON that Python can read: a number or the nesting has no end"
+        ) from None
 
 
 def _checked(entry: Any, where: str) -> Entry:
@@ -259,7 +260,7 @@ class EpochBatches:
 
     The dataset is one for DataLoader, in whose order the items come, which is PyTorch's. `epoch`
     counts the epochs that are complete, `batches_per_epoch` what one has. A `state_dict` (JSON can
-    hold it) continues exactly, with the same dataset and batch_size.
+    hold it) continues exactly, with the same dataset and batch_size. The generator is for it alone.
     Raises as DataLoader does.
     """
 
