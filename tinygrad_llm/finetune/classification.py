@@ -8,7 +8,7 @@ Letters in shapes: B texts, T tokens in each, C channels (emb_dim), n classes.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
 
@@ -328,52 +328,6 @@ class ClassificationDataset:
         rows = [self.rows[i] for i in indices.tolist()]
         ids, lengths = padded(rows, self.pad_id, None if self.trim else self.max_length)
         return ids, self.labels[indices], lengths
-
-
-class EpochBatches:
-    """Batches without end. Each epoch goes once through a dataset, in a new order; what is too
-    little for a last batch is left out. From a saved state the same batches come again.
-    """
-
-    def __init__(self, dataset: ClassificationDataset, batch_size: int, generator: Generator):
-        self.dataset, self.generator = dataset, generator
-        self.batch_size = at_least_one("batch_size", batch_size)
-        if len(dataset) < batch_size:
-            raise ValueError(
-                f"{len(dataset)} texts make no batch of {batch_size}: use a smaller batch_size"
-            )
-        self._shuffle()
-
-    def _shuffle(self):
-        self._before = self.generator.get_state()
-        self._order, self._next = self.generator.permutation(len(self.dataset)), 0
-
-    def __len__(self) -> int:
-        """The batches of one epoch."""
-        return len(self.dataset) // self.batch_size
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        if self._next == len(self):
-            self._shuffle()
-        start = self._next * self.batch_size
-        self._next += 1
-        return self.dataset.batch(self._order[start : start + self.batch_size])
-
-    def get_state(self) -> dict:
-        """Where it is, as JSON can hold it."""
-        return {"generator": self._before, "next": self._next}
-
-    def set_state(self, state: dict) -> None:
-        """Continues where get_state() was called, with the same data. Raises ValueError."""
-        number = state["next"]
-        if not 0 <= number <= len(self):
-            raise ValueError(f"this state is of other data: an epoch has no batch {number} here")
-        self.generator.set_state(state["generator"])
-        self._shuffle()
-        self._next = number
 
 
 def padding_id(tokenizer: Tokenizer) -> int:
