@@ -2,7 +2,6 @@
 
 import os
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..finetune.judge import RESPONSE, RUBRIC, Endpoint, Summary, Verdict, read_entries, summary
+from ..finetune.judge import RESPONSE, RUBRIC, Endpoint, Verdict, read_entries, summary
 from ..finetune.judge import judge as judge_entries
 from .errors import user_input, utf8_expected
 from .screen import Screen
@@ -42,7 +41,7 @@ def judge(
     attempts: Annotated[
         int, typer.Option(min=1, help="Times that an entry is asked until a reply has a number.")
     ] = 3,
-    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds to wait for a reply.")] = 120,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for a reply.")] = 120,
     seed: Annotated[int, typer.Option(help="Of the judge's random numbers.")] = 123,
     key_env: Annotated[
         str | None,
@@ -90,30 +89,30 @@ class _Progress:
 
     def __init__(self, screen: Screen, show: Callable[..., None], total: int):
         self.screen, self.show, self.total = screen, show, total
-        self.before = None  # entries that an earlier run has judged
+        self.first, self.done, self.failed, self.sum = True, 0, 0, 0
 
     def __call__(self, verdicts: list[Verdict]) -> None:
-        done, tenth = len(verdicts), max(1, self.total // 10)
-        text = f"{done:,}/{self.total:,}  {_scores(summary(verdicts))}"
-        self.show(done, self.total, text)
-        if self.before is None:
-            self.before = done
-            if done:
-                self.screen.say(f"{done:,} of them have been judged before")
-        elif done % tenth == 0 or done == self.total:
+        new = verdicts[self.done :]
+        self.done += len(new)
+        self.failed += sum(verdict.score is None for verdict in new)
+        self.sum += sum(verdict.score or 0 for verdict in new)
+        scored = self.done - self.failed
+        mean = f"mean {self.sum / scored:.2f}  " if scored else ""
+        text = f"{self.done:,}/{self.total:,}  {mean}{self.failed:,} failed"
+        self.show(self.done, self.total, text)
+        if self.first:
+            self.first = False
+            if new:
+                self.screen.say(f"{self.done:,} of them have been judged before")
+        elif self.done % max(1, self.total // 10) == 0 or self.done == self.total:
             self.screen.line(text)
-
-
-def _scores(found: Summary) -> str:
-    """mean 77.05  median 85  2 failed"""
-    parts = [f"mean {found.mean:.2f}", f"median {found.median:g}"] if found.scored else []
-    return "  ".join([*parts, f"{found.failed:,} failed"])
 
 
 def _show(screen: Screen, verdicts: list[Verdict], entries: list[dict], response_key: str) -> None:
     """Mean and median, the worst responses, and those without a score."""
     found = summary(verdicts)
-    screen.say(f"\n{found.scored:,} scored  {_scores(found)}")
+    mean = f"  mean {found.mean:.2f}  median {found.median:g}" if found.scored else ""
+    screen.say(f"\n{found.scored:,} scored{mean}  {found.failed:,} failed")
     if found.worst:
         table = Table(title="the lowest scores", title_justify="left")
         table.add_column("entry", justify="right")
@@ -134,7 +133,9 @@ def _show(screen: Screen, verdicts: list[Verdict], entries: list[dict], response
 
 
 def _short(text: str) -> str:
-    return textwrap.shorten(text, 60, placeholder=" ...")
+    """Its beginning, in one line."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text[:1000]).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _text(file: Path) -> str:

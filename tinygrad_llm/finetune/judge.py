@@ -110,6 +110,9 @@ def _whole(number: str) -> int | None:
 # --- over HTTP ------------------------------------------------------------------------------------
 
 
+DAY = 24 * 60 * 60  # seconds
+
+
 class EndpointError(ConnectionError):
     """The endpoint cannot be used as it is: nothing that one entry or another could change."""
 
@@ -159,10 +162,14 @@ class Endpoint:
             )
         if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
             raise ValueError("the API key is empty, or has spaces or characters that no key has")
-        if not self.timeout > 0 or self.tries < 1 or self.backoff < 0:
-            raise ValueError("an endpoint needs timeout > 0, tries ≥ 1 and backoff ≥ 0")
+        if not 0 < self.timeout <= DAY:
+            raise ValueError(
+                f"timeout is {self.timeout}: expected seconds, more than 0, up to {DAY}"
+            )
+        if self.tries < 1 or not self.backoff >= 0:
+            raise ValueError("an endpoint needs tries ≥ 1 and backoff ≥ 0")
         self._reached = self._answered = False
-        # None that follows redirects: they would turn the POST into a GET, and take the key along.
+        # No handler for redirects: it would make the POST a GET, and send the key somewhere else.
         self._opener = urllib.request.OpenerDirector()
         for handler in (
             urllib.request.ProxyHandler,
@@ -235,13 +242,9 @@ class Endpoint:
         if code in (400, 413, 422) and self._answered:
             return RefusedError(said)
         if target:
-            said += (
-                f" (redirects are not followed: give as the endpoint where it leads, {target:.200})"
-            )
+            said += f" (give as the endpoint where it redirects to, {target:.200})"
         if code == 404:
-            said += (
-                f" (is there a model {self.model}, and does the endpoint end in /v1, as most do?)"
-            )
+            said += f" (is there a model {self.model}, and does the URL end in /v1, as most do?)"
         return EndpointError(f"{self.url} refuses to answer: {said}")
 
 
