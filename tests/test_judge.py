@@ -670,6 +670,9 @@ def test_entries_from_a_file(tmp_path):
     lines = tmp_path / "a.jsonl"
     lines.write_text("\n".join(json.dumps(entry) for entry in ENTRIES) + "\n\n")
     assert read_entries(lines) == ENTRIES
+    lines.write_text(json.dumps(ENTRIES[0]) + "\n\n{\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 3, is no JSON"):
+        read_entries(lines)
 
     def refused(said, content):
         path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())

@@ -217,6 +217,8 @@ class Endpoint:
             except (OSError, http.client.HTTPException) as error:
                 reason = getattr(error, "reason", error)  # of a URLError
                 said = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+                if isinstance(reason, TimeoutError):
+                    said = f"nothing came for {self.timeout:g} s"
                 if not self._reached and isinstance(reason, ConnectionRefusedError | gaierror):
                     raise EndpointError(
                         f"{self.url} cannot be reached ({said}): start a server there, for example "
@@ -310,23 +312,29 @@ def read_entries(path: str | Path, response_key: str = RESPONSE) -> list[dict[st
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".jsonl":
-            entries = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            entries = json.loads(text)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 at byte offset {error.start}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON that can be read: {error}") from None
+    if path.suffix == ".jsonl":
+        lines = enumerate(text.split("\n"), 1)
+        entries = [_from_json(line, f"{path}, line {n},") for n, line in lines if line.strip()]
+    else:
+        entries = _from_json(text, f"{path}")
     if not isinstance(entries, list):
         raise ValueError(f"{path} holds {_kind(entries)}: expected a list of entries")
     check_entries(entries, response_key, f"{path}, ")
     return entries
 
 
+def _from_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is no JSON that can be read: {error}") from None
+
+
 def check_entries(entries: Sequence[Any], response_key: str = RESPONSE, where: str = "") -> None:
     """Raises ValueError unless each entry has texts under "instruction", "output" and
-    `response_key`, and under "input" a text or nothing.
+    `response_key`, and under "input" a text if anything.
     """
     if not entries:
         raise ValueError(f"{where}no entries: there is nothing to judge")
