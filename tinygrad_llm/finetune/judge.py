@@ -66,7 +66,6 @@ _THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", re.S)  # of reasoning models;
 _RANGE = re.compile(r"(?<![\w.,])0\s*(?:-|–|—|to|and)\s*100(?!\w|[.,]\d)")
 _OUT_OF_100 = re.compile(r"(?<=\d)\W{0,3}\s*(?:/|out of)\s*100(?!\w|[.,]\d)")
 _OTHER_SCALE = re.compile(r"\d\s*(?:/|out of)\s*\d")
-_ITEM = re.compile(r"^[ \t]*\d+[.)][ \t]+(?=\S)", re.M)  # of a list
 _NUMBER = re.compile(r"(?<![\w.,])[-+−–]?\d+(?:[.,]\d+)*(?!\w)")
 _LABEL = re.compile(
     r"\b(?:(?:score|rate|rating|grade)[sd]?|(?:give|award)s?\W+(?:it|this|the))"
@@ -83,7 +82,7 @@ def parse_score(reply: str) -> int | None:
     "score". Numbers elsewhere ("it has 2 errors") are no scores: better ask again than guess.
     """
     text = _THOUGHTS.sub("", reply.replace(_MARK, "")).lower()
-    text = _ITEM.sub("", _OUT_OF_100.sub(_MARK, _RANGE.sub("", text)))
+    text = _OUT_OF_100.sub(_MARK, _RANGE.sub("", text))
     if _OTHER_SCALE.search(text):
         return None
     stated = {_whole(number) for line in text.split("\n") for number in _stated(line)}
