@@ -159,6 +159,7 @@ def test_correlations_worked_out_by_hand():
     assert kendall(x, y) == pytest.approx(4 / 5)  # P = 4, and one tie in each
     assert spearman(x, y) == pytest.approx(3.75 / 4.5)  # ranks 1.5 1.5 3 4 and 1 2.5 2.5 4
     assert pearson(x, y) == pytest.approx(2 / math.sqrt(2.75 * 2))
+    assert pearson([0, 1e300, 3e300], [0, 1e-300, 3e-300]) == pytest.approx(1)  # no squares of it
     for correlation in (pearson, spearman, kendall):
         assert math.isnan(correlation([1, 1, 1], [1, 2, 3]))
         assert math.isnan(correlation([1, 2, 3], [0.1, 0.1, 0.1]))
@@ -398,7 +399,7 @@ def lines_of(path):
 def test_scores_come_in_order_into_a_file(tmp_path, workers):
     seen = []
     with server(grade) as api:
-        model = endpoint(api.url + "/", api_key="secret")
+        model = endpoint(api.url + "/chat/completions/", api_key="secret")
         done = judge(
             ENTRIES,
             model,
@@ -625,6 +626,9 @@ def test_a_file_cut_anywhere_is_completed_to_the_same_bytes(tmp_path, whole):
             assert path.read_bytes() == whole
             kept = max(0, whole[:cut].count(b"\n") - 1)
             assert len(api.requests) - before == len(ENTRIES) - kept
+        path.write_bytes(whole[: whole.rfind(b'{"entry"')] + b'{"entry": 6, ' + b"9" * 999)
+        judge(ENTRIES, endpoint(api.url), path)
+        assert path.read_bytes() == whole
 
 
 def test_another_run_or_file_is_left_alone(tmp_path, whole):
