@@ -42,6 +42,7 @@ setup(
             "array-api-compat>=1.12",
             "array-api-strict>=2.3",
             "transformers>=4.40",
+            "peft>=0.15",
             "tensorboardX>=2.6",
             "triton>=3.6,<3.10",
             "ruff",

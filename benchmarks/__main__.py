@@ -1,6 +1,6 @@
 """The command line, from the repository's root:
 
-    python -m benchmarks ops | train | generate | shakespeare | verdict | tokenizer | load |
+    python -m benchmarks ops | train | lora | generate | shakespeare | verdict | tokenizer | load |
                          gradcheck | kernels
 
 Each command sets the number of threads first and imports the rest afterwards: see machine.py.
@@ -363,6 +363,39 @@ def gradcheck(
     data["large arrays"], more = measure_sizes(clock)
     settings = {"ops": ", ".join(op or ["all"]), "cases": cases}
     finish(Result("gradcheck", settings, data, [*tables, more], notes), description, save, results)
+
+
+@app.command()
+def lora(
+    model: Annotated[list[Size], typer.Option(help="Models; may be repeated.")] = [  # noqa: B006
+        Size.small,
+        Size.gpt2,
+    ],
+    rank: Annotated[int, typer.Option(min=1, help="Of the adapters.")] = 16,
+    rounds: Rounds = 5,
+    threads: Threads = 2,
+    save: Save = False,
+    results: Results = RESULTS,
+):
+    """LoRA against training all weights: what trains, a step's time, peak memory (Linux only)."""
+    if not sys.platform.startswith("linux"):
+        fail("this reads the memory of processes from /proc, which only Linux has")
+    description, method = (
+        prepare(threads, False, save, results),
+        Method.for_threads(threads, rounds),
+    )
+    from .lora import NOTE, measure_setting
+
+    data, tables, names = {}, [], [m.value for m in model]
+    for name in names:
+        say(f"measuring {name}")
+        try:
+            data[name], table = measure_setting(name, rank, method, threads)
+        except ValueError as error:
+            fail(str(error), code=1)
+        tables.append(table)
+    settings = {"models": ", ".join(names), "rank": rank, "rounds": rounds}
+    finish(Result("lora", settings, data, tables, [NOTE]), description, save, results)
 
 
 @app.command()

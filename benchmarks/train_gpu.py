@@ -159,7 +159,8 @@ class Ours(_Contestant):
 
     def _start(self, batch, graph=True):
         self._made = _make_step(self.model, self.optimizer, graph)
-        return partial(self._made.start, lr=LR), lambda: self._made.finish()[0]
+        made = self._made
+        return lambda *batch: made.start(batch, LR), lambda: made.finish()[0]
 
     def _prepared(self, ids, targets):
         return ids, targets
@@ -185,7 +186,7 @@ class Ours(_Contestant):
             step, shape = _make_step(model, optimizer), (batch, model.cfg.context_length)
             losses = found["cpu" if where == "cpu" else "gpu"] = []
             for ids, targets in token_batches(model.cfg.vocab_size, shape, steps):
-                step.start(ids, targets, LR)
+                step.start((ids, targets), LR)
                 losses.append(step.finish()[0])
         model = optimizer = step = None
         self._release()

@@ -117,6 +117,18 @@ def test_generate(tmp_path):
     assert result["head_bytes_per_second"] > 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_lora(tmp_path):
+    small = ["--model", "tiny", "--rounds", "2", "--rank", "2", "--threads", "1"]
+    done = run("lora", *small, "--save", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    result = saved(tmp_path, "lora")["tiny"]
+    trained = result["trained"]
+    assert 0 < trained["lora"] < trained["full"]
+    assert result["share"] == pytest.approx(trained["lora"] / trained["full"])
+    assert all(value > 0 for value in [*result["ratio"].values(), *result["peak_bytes"].values()])
+
+
 def test_shakespeare(tmp_path):
     text = "To be, or not to be, that is the question.\n" * 60
     (tmp_path / "tinyshakespeare.txt").write_text(text, encoding="utf-8")

@@ -90,7 +90,7 @@ def test_mutants_of_some_ops():
 @pytest.mark.parametrize("mutant", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_planting_is_innocent(mutant):
     nothing = Mutant("nothing is wrong", mutant.where, mutant.old, mutant.old)
-    found = verdict(nothing, examples=2)
+    found = verdict(nothing, examples=1)
     assert found.law is None, found.reason
 
 

@@ -80,7 +80,7 @@ def test_pieces_give_the_loss_and_gradients_of_the_whole_batch(rows, pieces, ign
     targets[np.random.default_rng(seed).random(targets.shape) < ignored] = -100
     targets[-1, -1] = 3  # one counts
     loss, expected = whole_batch(model, ids, targets)
-    assert Shards(2).backward(model, ids, targets, pieces) == pytest.approx(loss, rel=1e-12)
+    assert Shards(2).backward(model, ids, targets, pieces=pieces) == pytest.approx(loss, rel=1e-12)
     found = gradients(model)
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-9, atol=1e-13, err_msg=name)

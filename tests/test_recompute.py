@@ -48,7 +48,7 @@ def test_the_bits_are_those_without(rate, tied, threads, pieces, frozen, kernels
         model = small_model(recomputed, drop_rate=rate, tie_weights=tied)
         model.blocks[1].requires_grad_(not frozen)
         with backend.using(backend.CPU if kernels else backend.MATHS):
-            loss = Shards(threads).backward(model, *batch(), pieces)
+            loss = Shards(threads).backward(model, *batch(), pieces=pieces)
         after = random.default_generator.get_state()  # dropout goes on with the same stream
         found.append((loss, bits_of_gradients(model), after))
     assert found[0] == found[1]

@@ -105,11 +105,11 @@ def test_targets_that_do_not_count():
         ids = np.arange(12).reshape(2, 6) % 13
         targets = np.where(np.arange(12).reshape(2, 6) % 5 < 3, -100, ids)
         targets[:1, 1:4] = -100  # the first piece has less to say
-        step.start(ids, targets, 1e-2)
+        step.start((ids, targets), 1e-2)
         losses.append(step.finish())
         targets[:1] = -100  # and now nothing
         before = targets.copy()
-        step.start(ids, targets, 1e-2)
+        step.start((ids, targets), 1e-2)
         losses[-1] += step.finish()
         assert np.array_equal(targets, before)
     np.testing.assert_allclose(*losses, rtol=1e-5)
@@ -147,7 +147,7 @@ def test_a_step_of_another_shape_is_recorded_anew():
     ids = np.arange(12).reshape(2, 6) % 13
     losses = []
     for rows in (1, 2, 1):
-        step.start(ids[:rows], ids[:rows], 0.0)
+        step.start((ids[:rows], ids[:rows]), 0.0)
         losses.append(step.finish()[0])
     assert losses[0] == losses[2] != losses[1]
 
@@ -186,7 +186,7 @@ def test_what_a_recorded_step_depends_on_may_change(change):
 def test_recording_a_step_changes_nothing():
     trainer = make_trainer(dtype="float16")
     before, ids = copy.deepcopy(weights(trainer)), TOKENS[:6].reshape(1, 6)
-    trainer.update.start(ids, ids, 0.0)  # with a learning rate of 0
+    trainer.update.start((ids, ids), 0.0)  # with a learning rate of 0
     trainer.update.finish()
     state = trainer.state_dict()
     assert same(before, weights(trainer))
@@ -199,7 +199,7 @@ def test_each_step_drops_others_and_a_resumed_run_the_same(tmp_path):
     ids = TOKENS[:6].reshape(1, 6)
     losses = []
     for _ in range(2):
-        trainer.update.start(ids, ids, 0.0)
+        trainer.update.start((ids, ids), 0.0)
         losses.append(trainer.update.finish()[0])
     assert len(set(losses)) == 2
     whole = make_trainer(drop_rate=0.4, recompute=True)

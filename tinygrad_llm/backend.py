@@ -145,11 +145,11 @@ class Reading(dict):
     fused       name -> kernel that takes the place of several ops: see tensor.fused
     """
 
-    def __init__(self, space, kernels=None, off=None, narrow=False):
+    def __init__(self, space, kernels=None, off=None, narrow=False, fused=None):
         self.space, self.narrow = space, narrow
         self.kernels = kernels or {}
         self.off = frozenset() if off is None and kernels else off
-        self.fused, self._elsewhere = {}, {}
+        self.fused, self._elsewhere = fused or {}, {}
 
     def __missing__(self, op):
         kernel = self.kernels.get(op.name)
@@ -275,7 +275,8 @@ def _space(device):
 
 _NUMPY = _space(HOST)
 MATHS = Reading(_NUMPY)
-CPU = Reading(_NUMPY, _load_kernels("tinygrad_llm.kernels.cpu"))
+_CPU_KERNELS = "tinygrad_llm.kernels.cpu"
+CPU = Reading(_NUMPY, _load_kernels(_CPU_KERNELS), fused=_load_kernels(_CPU_KERNELS, "FUSED"))
 COMPLEX = Reading(Space(_ComplexNumPy()))
 
 
@@ -294,8 +295,11 @@ def reading(choice):
             f"kernels is {choice!r}; expected auto, off, or off: and names of ops, such as "
             "off:softmax,linear" + (f": there is no {unknown[0]!r}" if unknown[0] else "")
         )
-    kept = {name: kernel for name, kernel in CPU.kernels.items() if name not in off}
-    return Reading(_NUMPY, kept, off)
+    kernels, fused = (
+        {name: kernel for name, kernel in those.items() if name not in off}
+        for those in (CPU.kernels, CPU.fused)
+    )
+    return Reading(_NUMPY, kernels, off, fused=fused)
 
 
 FUSED = (
@@ -305,6 +309,7 @@ FUSED = (
     "linear_cross_entropy",
     "append",
     "decode",
+    "lora",
 )  # kernels for several ops: tensor.fused, run_fused
 
 

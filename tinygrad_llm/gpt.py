@@ -328,6 +328,8 @@ class GPT(Module):
             )
         if vocab_size == old:
             return
+        if type(self.out_head) is not Linear:
+            raise ValueError("resize_token_embeddings: out_head has adapters; remove_lora first")
         for layer in (self.tok_emb, self.out_head):
             weight = layer.weight  # (old, C)
             where = of(weight.data)
@@ -367,6 +369,11 @@ class GPT(Module):
         from .checkpoint import save_model  # which imports this module
 
         save_model(self, directory, tokenizer, dtype, max_shard_size)
+
+    def draws_masks(self) -> bool:
+        """Whether dropout, in training, draws from a random stream: that of an adapter, too."""
+        rates = [m.p for m in self.modules() if isinstance(m, Dropout)]
+        return any(rates) or self.cfg.dropout("attn") > 0
 
     def num_parameters(self) -> int:
         """How many numbers are trained, shared ones counted once."""

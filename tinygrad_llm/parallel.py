@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 from . import backend
-from .gpt import GPT
+from .nn import Module
 from .precision import is_narrow
 from .tensor import Tensor, leaf_gradients, no_grad
 
 IGNORED = -100  # a target that does not count
+
+Batch = tuple[NDArray, ...]
 
 
 def default_threads() -> int:
@@ -45,6 +47,9 @@ class Shards:
     A model with dropout, in training, runs on one thread, since its masks come from one random
     stream, and so do a single row, for which BLAS has `threads` then, and a GPU.
     Each further thread holds gradients of its own while it computes, as large as the weights.
+
+    A batch is what model.loss takes, arrays with a row for each example: (ids, targets, ...). A
+    mean is over the targets that count, those that are not -100: (B, T) of tokens, (B,) of labels.
     """
 
     def __init__(self, threads: int):
@@ -58,22 +63,17 @@ class Shards:
         """In the block BLAS has `threads` threads, whatever it had before."""
         return self._blas.limit(limits=self.threads, user_api="blas")
 
-    def loss(self, model: GPT, ids: NDArray, targets: NDArray) -> float:
-        """model.loss(ids, targets), both (B, T), as a number and without a graph."""
+    def loss(self, model: Module, *batch: NDArray) -> float:
+        """model.loss(*batch) as a number and without a graph."""
 
-        def shard(ids, targets, weight):
+        def shard(batch, weight):
             with no_grad():
-                return model.loss(ids, targets).item() * weight
+                return model.loss(*batch).item() * weight
 
-        return sum(self._each(shard, model, ids, targets, 1.0))
+        return sum(self._each(shard, model, batch, 1.0))
 
     def backward(
-        self,
-        model: GPT,
-        ids: NDArray,
-        targets: NDArray,
-        pieces: int = 1,
-        scale: float = 1.0,
+        self, model: Module, *batch: NDArray, pieces: int = 1, scale: float = 1.0
     ) -> float:
         """The same; and .grad of every parameter is its gradient, whatever it was before: in
         float32 for parameters of 16 bits.
@@ -83,13 +83,13 @@ class Shards:
         gradients are divided by it: see optim.LossScale.
         """
 
-        def shard(ids, targets, weight):
-            loss = model.loss(ids, targets)
+        def shard(batch, weight):
+            loss = model.loss(*batch)
             return loss.item() * weight, leaf_gradients(loss, weight * scale)
 
         total, gradients = 0.0, {}
-        for rows, weight in _shares(targets, pieces):
-            found = self._each(shard, model, ids[rows], targets[rows], weight)
+        for rows, weight in _shares(batch, pieces):
+            found = self._each(shard, model, _rows_of(batch, rows), weight)
             total += sum(loss for loss, _ in found)
             for _, of_shard in found:
                 _add(gradients, of_shard)
@@ -99,33 +99,41 @@ class Shards:
                 parameter.grad.data /= scale
         return total
 
-    def _each(
-        self, shard: Callable, model: GPT, ids: NDArray, targets: NDArray, whole: float
-    ) -> list[Any]:
-        """shard(ids, targets, weight) for each thread's rows; the weights add up to `whole`."""
-        draws_masks = model.training and any(map(model.cfg.dropout, ("emb", "attn", "shortcut")))
-        alone = draws_masks or model.device != "cpu"
-        shares = _shares(targets, 1 if alone else self.threads)
+    def _each(self, shard: Callable, model: Module, batch: Batch, whole: float) -> list[Any]:
+        """shard(rows of the batch, weight) for each thread; the weights add up to `whole`."""
+        alone = (model.training and model.draws_masks()) or model.device != "cpu"
+        shares = _shares(batch, 1 if alone else self.threads)
         if len(shares) == 1:
             with self.limited():
-                return [shard(ids, targets, whole)]
+                return [shard(batch, whole)]
         reading = backend.current.reading  # of this thread: the others follow it
 
         def run(share):
             rows, weight = share
             with backend.using(reading), np.errstate(all="ignore"):
-                return shard(ids[rows], targets[rows], whole * weight)
+                return shard(_rows_of(batch, rows), whole * weight)
 
         with self._blas.limit(limits=1, user_api="blas"):
             return list(self._pool.map(run, shares))
 
 
-def _shares(targets: NDArray, n: int) -> list[tuple[NDArray, float]]:
-    """The rows of (B, T) targets in n parts, and their shares of the mean over all that count."""
-    counted = np.sum(targets != IGNORED, axis=1)  # (B,)
-    parts = [rows for rows in np.array_split(np.arange(len(targets)), n) if counted[rows].any()]
+def counts(batch: Batch) -> NDArray:
+    """How many targets of each row count, (B,)."""
+    targets = batch[1]
+    return np.sum(targets.reshape(len(targets), -1) != IGNORED, axis=1)
+
+
+def _rows_of(batch: Batch, rows: NDArray) -> Batch:
+    return tuple(array[rows] for array in batch)
+
+
+def _shares(batch: Batch, n: int) -> list[tuple[NDArray, float]]:
+    """The rows of a batch in n parts, and their shares of the mean over all that count."""
+    counted = counts(batch)  # (B,)
+    everything = np.arange(len(counted))
+    parts = [rows for rows in np.array_split(everything, n) if counted[rows].any()]
     if len(parts) <= 1:
-        return [(np.arange(len(targets)), 1.0)]
+        return [(everything, 1.0)]
     return [(rows, float(counted[rows].sum() / counted.sum())) for rows in parts]
 
 

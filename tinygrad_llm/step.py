@@ -9,18 +9,17 @@ the gradient, is copied back while it does something else.
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import backend, random
 from .device import device
-from .gpt import GPT
+from .nn import Module
 from .optim import AdamW, LossScale, clip_grad_norm_, kernels_for
-from .parallel import IGNORED, Shards
+from .parallel import Batch, Shards, counts
 from .precision import is_narrow
 from .tensor import Tensor, leaf_gradients
 
 
-def make_step(model: GPT, optimizer: AdamW, **settings) -> "HostStep | DeviceStep":
+def make_step(model: Module, optimizer: AdamW, **settings) -> "HostStep | DeviceStep":
     """The step for where the model is: on a GPU whose kernels are switched off, as on the CPU.
     settings: what HostStep takes.
     """
@@ -45,7 +44,7 @@ class _Step:
 
     def __init__(
         self,
-        model: GPT,
+        model: Module,
         optimizer: AdamW,
         *,
         accumulate: int,
@@ -78,16 +77,16 @@ class _Step:
 class HostStep(_Step):
     """On the CPU, its rows shared out among threads; or on a GPU whose kernels are switched off."""
 
-    def start(self, ids: NDArray, targets: NDArray, lr: float) -> None:
+    def start(self, batch: Batch, lr: float) -> None:
         """Does it all, unless the loss or the gradient is not finite: then no weight is changed.
 
-        ids, targets    (accumulate * B, T) integers
+        batch   arrays of integers with accumulate * B rows, for model.loss: (ids, targets, ...)
         """
         parameters = list(self.model.parameters())
         scale = self.loss_scale.scale if self.loss_scale else 1.0
         # Also the length of the gradient has other last bits with another number of BLAS threads.
         with np.errstate(all="ignore"), self.shards.limited():
-            loss = self.shards.backward(self.model, ids, targets, self.accumulate, scale)
+            loss = self.shards.backward(self.model, *batch, pieces=self.accumulate, scale=scale)
             norm = clip_grad_norm_(parameters, self.max_norm)
             finite = math.isfinite(norm) and math.isfinite(loss)
             if self.loss_scale.update(finite) if self.loss_scale else finite:
@@ -113,7 +112,7 @@ class DeviceStep(_Step):
     def __init__(self, model, optimizer, **settings):
         super().__init__(model, optimizer, **settings)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._drops = any(map(model.cfg.dropout, ("emb", "attn", "shortcut")))
+        self._drops = model.draws_masks()
         self._graphs = backend.kernel_module(self.where, "graph")
         self._graph = self._recorded = self.why_no_graph = None
         self._scale = None  # that of the loss, on the device
@@ -124,15 +123,14 @@ class DeviceStep(_Step):
             self._scale = kernels.LossScale(self._parameters[0].data, interval=interval)
             self._set_scale(self.loss_scale.state_dict())
 
-    def start(self, ids: NDArray, targets: NDArray, lr: float) -> None:
+    def start(self, batch: Batch, lr: float) -> None:
         """Launches the step, and does not wait for it. As in HostStep, no weight is changed if the
-        loss or the gradient is not finite. ids and targets are as there.
+        loss or the gradient is not finite.
         """
-        counted = np.sum(targets.reshape(self.accumulate, -1) != IGNORED, axis=1)
-        shape = self.accumulate, -1, ids.shape[1]
+        counted = counts(batch).reshape(self.accumulate, -1).sum(axis=1)
+        pieces = [np.array(a.reshape(self.accumulate, -1, *a.shape[1:]), np.int64) for a in batch]
         inputs = {
-            "ids": np.ascontiguousarray(ids.reshape(shape), np.int64),
-            "targets": np.array(targets.reshape(shape), np.int64),
+            **{f"batch[{i}]": piece for i, piece in enumerate(pieces)},
             "weights": (counted / max(counted.sum(), 1)).astype(np.float32),
             "lr": float(lr),
             "word": int(self.generator.integers(0, 2**62, ())) if self._drops else 0,
@@ -143,9 +141,10 @@ class DeviceStep(_Step):
                 "Trainer, which moves its optimizer's arrays, too (Trainer.resume)"
             )
         # A piece in which nothing counts weighs nothing; but its mean has to be a number.
-        inputs["targets"][counted == 0, 0, 0] = 0
+        targets = pieces[1].reshape(self.accumulate, -1)
+        targets[counted == 0, 0] = 0
         self.where.make_current()
-        if self._recorded != (found := self._traits(ids.shape)):
+        if self._recorded != (found := self._traits([a.shape for a in batch])):
             self._record(inputs)
             self._recorded = found
         self._staging.fill(**inputs)
@@ -161,13 +160,13 @@ class DeviceStep(_Step):
         loss, norm, self.scale = self._readback.wait().tolist()
         return loss, norm
 
-    def _traits(self, shape):
+    def _traits(self, shapes):
         """What a recorded step depends on, as something to compare."""
         model = self.model
         arrays = [(id(p.data), p.requires_grad) for p in model.parameters()]
         modes = [module.training for module in model.modules()]
         reading = backend.current.reading
-        return shape, self.optimizer.device_kernel(), arrays, modes, model.recompute, reading
+        return shapes, self.optimizer.device_kernel(), arrays, modes, model.recompute, reading
 
     def _record(self, inputs):
         """Makes the graph for inputs of these shapes, or says why there is none."""
@@ -195,7 +194,7 @@ class DeviceStep(_Step):
         scale = a["lr"] if self._scale is None else self._scale.scale.copy()
         with random.kernel_seeds_from(a["word"]):
             for i in range(self.accumulate):
-                one = self.model.loss(Tensor(a["ids"][i]), Tensor(a["targets"][i]))
+                one = self.model.loss(*(Tensor(x[i]) for name, x in a.items() if "batch" in name))
                 weight = a["weights"][i]
                 scaled = weight if self._scale is None else weight * scale
                 _add(totals, leaf_gradients(one, Tensor(scaled)), self.accumulate > 1)

@@ -446,22 +446,24 @@ def _together(name, args, arrays):
 
 def fused(name, definition, *inputs, drawn=None, **attributes):
     """definition(*inputs), a composition of ops on Tensors (or None), by one kernel of that name if
-    the device of the inputs has one that takes them. No other Tensor may require a gradient in it.
+    the device of the inputs has one that takes them (the CPU has few: its ops are as fast). No
+    other Tensor may require a gradient in it.
 
     attributes  what the kernel is given beside the arrays
     drawn       a function that gives more of them, from a random stream that the definition, too,
                 would draw from: it is called for the kernel only
     """
-    tensors = [x for x in inputs if x is not None]
-    if type(tensors[0].data) is _NUMPYS:
-        return definition(*inputs)  # there are no such kernels
+    tensors, reading = [x for x in inputs if x is not None], backend.current.reading
+    if type(tensors[0].data) is _NUMPYS and name not in reading.fused:
+        return definition(*inputs)
     where, _ = _together(name, tensors, ())
-    kernel = backend.current.reading.on(where).fused.get(name)
-    if kernel is None:
+    kernel = reading.on(where).fused.get(name)
+    arrays = [None if x is None else x.data for x in inputs]
+    if kernel is None or not getattr(kernel, "accepts", _anything)(*arrays, **attributes):
         return definition(*inputs)
     attributes |= drawn() if drawn else {}
     try:
-        y, saved = kernel.forward(*(None if x is None else x.data for x in inputs), **attributes)
+        y, saved = kernel.forward(*arrays, **attributes)
     except (TypeError, ValueError) as error:
         backend.refusals[name, str(error)] += 1
         return definition(*inputs)
@@ -472,6 +474,11 @@ def fused(name, definition, *inputs, drawn=None, **attributes):
     implementation = backend.Implementation(op, None, vjp, saves=True, is_kernel=True)
     node = (implementation, inputs, attributes, saved) if recorded else None
     return _fill(Tensor.__new__(Tensor), where.own(y), recorded, node)
+
+
+def _anything(*arrays, **attributes):
+    """What a kernel accepts that does not say so."""
+    return True
 
 
 def _vjp_of_definition(definition, xp, g, y, *inputs, **attributes):

@@ -205,8 +205,8 @@ class Trainer:
 
     def training_step(self) -> float:
         """One update of the weights; returns the loss before it."""
-        (ids, targets), self._ahead = self._ahead or next(self.batches), None  # (accumulate * B, T)
-        self.update.start(ids, targets, self.learning_rate())
+        batch, self._ahead = self._ahead or next(self.batches), None
+        self.update.start(batch, self.learning_rate())
         if self.model.device != "cpu":  # which goes on meanwhile
             self._windows_before, self._ahead = self.windows.get_state(), next(self.batches)
         loss, self.grad_norm = self.update.finish()

@@ -6,7 +6,7 @@ A kernel is a class with two static methods:
     vjp(g, y, *arrays, saved, needs, **attributes) -> gradients, None where `needs` says False
 
 and, if it cannot do every case, accepts(*arrays, **attributes) -> bool. Each module lists its
-kernels in KERNELS. The rules:
+kernels in KERNELS (an op's) and FUSED (several ops in one). The rules:
 
 - Arithmetic in place is for float32 and float64: `accepts` leaves other dtypes to the op.
 - Nothing that a kernel did not make may be written to: not its arguments, not `g`, not `saved`.

@@ -1,5 +1,8 @@
-"""Checkpoints: models in Hugging Face's layout, and training states for exact resumption."""
+"""Checkpoints: models in Hugging Face's layout, adapters in PEFT's, and training states for exact
+resumption.
+"""
 
+from .adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter, save_adapter
 from .compare import Difference, compare_checkpoints
 from .export import export_checkpoint
 from .hub import find_model
@@ -23,6 +26,8 @@ from .state import (
 )
 
 __all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
     "CHECKPOINTS",
     "CONFIG",
     "INDEX",
@@ -34,10 +39,12 @@ __all__ = [
     "compare_checkpoints",
     "export_checkpoint",
     "find_model",
+    "load_adapter",
     "load_model",
     "load_tokenizer",
     "load_training_state",
     "open_checkpoint",
+    "save_adapter",
     "save_checkpoint",
     "save_model",
     "save_training_state",

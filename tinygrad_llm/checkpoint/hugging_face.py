@@ -1,7 +1,8 @@
 """A model as a directory that Hugging Face's transformers opens too, and back.
 
 config.json and the weights are in the layout of transformers' GPT-2, with the tokenizer's files
-beside them. Nothing is ever pickled.
+beside them. Nothing is ever pickled. A classifier has another head than a language model; what it
+does with it is told in finetune/classification.py.
 
 A directory is replaced as a whole, though it is several files. All new ones are complete on the
 disk before the first takes an old one's place. The old config.json goes first, if it or the
@@ -22,7 +23,7 @@ from numpy.typing import DTypeLike
 
 from ..data.files import Removal, atomic_write, together
 from ..gpt import GPT, GPTConfig
-from ..nn import Module, no_init
+from ..nn import Module, lora_layers, no_init
 from ..tokenizer import Tokenizer, load
 from .hub import as_path, find_model
 from .shards import (
@@ -56,6 +57,7 @@ NAMES = {
     "pos_emb": "transformer.wpe",
     "final_norm": "transformer.ln_f",
     "out_head": "lm_head",
+    "head": "score",  # of a classifier, whose GPT is its "body"
 }
 BLOCK_NAMES = {
     "norm1": "ln_1",
@@ -66,6 +68,8 @@ BLOCK_NAMES = {
     "ff.down": "mlp.c_proj",
 }
 TABLE, HEAD = "transformer.wte.weight", "lm_head.weight"
+SCORE = "score.weight"
+LANGUAGE_MODEL, CLASSIFIER = "GPT2LMHeadModel", "GPT2ForSequenceClassification"
 TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 MASKS = re.compile(r"\.attn\.(bias|masked_bias)$")  # older checkpoints store the causal mask
 
@@ -80,12 +84,14 @@ class Checkpoint:
     config      config.json, with GPT-2's defaults where it says nothing
     cfg         the same as ours
     tensors     what it has of every weight, by transformers' names, in the model's order
+    classes     of a classifier, the names of what it tells apart; None of a language model
     """
 
     directory: Path
     config: dict[str, Any]
     cfg: GPTConfig
     tensors: dict[str, StoredTensor]
+    classes: tuple[str, ...] | None = None
 
 
 def open_checkpoint(name_or_dir: str | Path) -> Checkpoint:
@@ -113,9 +119,9 @@ def open_checkpoint(name_or_dir: str | Path) -> Checkpoint:
         ) from None
     stored = _with_full_names(directory, stored)
     try:
-        cfg = _config_from_hugging_face(config)
+        cfg, classes = _config_from_hugging_face(config), _classes(config)
         tied = cfg.tie_weights and HEAD not in stored
-        tensors = _fitting(replace(cfg, tie_weights=tied), stored)
+        tensors = _fitting(replace(cfg, tie_weights=tied), classes, stored)
     except ValueError as error:
         text = f"{directory}: {CONFIG} and the weights make no model: {line(error)}"
         raise ValueError(text) from None
@@ -125,15 +131,30 @@ def open_checkpoint(name_or_dir: str | Path) -> Checkpoint:
         cfg, config = replace(cfg, tie_weights=False), {**config, "tie_word_embeddings": False}
     if not cfg.qkv_bias and _has_qkv_bias(tensors):
         cfg = replace(cfg, qkv_bias=True)
-    return Checkpoint(directory, config, cfg, tensors)
+    return Checkpoint(directory, config, cfg, tensors, classes)
 
 
 def load_model(name_or_dir: str | Path, dtype: DTypeLike = "float32") -> GPT:
     """Opens a GPT-2, as `open_checkpoint` finds it, with parameters of this dtype.
 
-    Numbers go from the file straight into the parameters. Raises as open_checkpoint, and TypeError
-    for what is no floating dtype.
+    Numbers go from the file straight into the parameters. Raises as open_checkpoint, ValueError for
+    a classifier, and TypeError for what is no floating dtype.
     """
+    dtype = parameter_dtype(dtype)
+    checkpoint = open_checkpoint(name_or_dir)
+    if checkpoint.classes is not None:
+        raise ValueError(
+            f"{checkpoint.directory} holds a classifier, and no language model: open it with "
+            "GPTClassifier.from_pretrained"
+        )
+    with no_init():
+        model = GPT(checkpoint.cfg)
+    read_parameters(model, checkpoint, dtype)
+    return model
+
+
+def parameter_dtype(dtype: DTypeLike) -> np.dtype:
+    """Raises TypeError for what is no floating dtype; None is float32."""
     try:
         dtype = np.dtype("float32" if dtype is None else dtype)
         Module().to(dtype)
@@ -141,14 +162,15 @@ def load_model(name_or_dir: str | Path, dtype: DTypeLike = "float32") -> GPT:
         raise TypeError(
             f"parameters cannot be {dtype}: expected a floating dtype such as {KNOWN_DTYPES}"
         ) from None
-    checkpoint = open_checkpoint(name_or_dir)
-    with no_init():
-        model = GPT(checkpoint.cfg)
+    return dtype
+
+
+def read_parameters(model: Module, checkpoint: Checkpoint, dtype: np.dtype) -> None:
+    """Fills the parameters of a GPT, or of a GPTClassifier, with the checkpoint's numbers."""
     for name, parameter in model.named_parameters():
-        name = _hugging_face_name(name)
+        name = hugging_face_name(name)
         transposed = bool(TRANSPOSED.search(name))
         parameter.data = read_tensor(checkpoint.tensors[name], dtype, transposed)
-    return model
 
 
 def save_model(
@@ -167,14 +189,30 @@ def save_model(
     hold, OSError if the files cannot be written: what was there is there still. Where a process
     dies, there is the old, the new, or a directory without config.json, which does not open.
     """
+    cfg = model.cfg
+    if model.out_head.weight is not model.tok_emb.weight:  # an adapter has been merged into one
+        cfg = replace(cfg, tie_weights=False)
+    config = config_to_hugging_face(cfg, tokenizer)
+    write_model(directory, to_hugging_face(model), config, tokenizer, dtype, max_shard_size)
+
+
+def write_model(
+    directory: str | Path,
+    tensors: Tensors,
+    config: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    dtype: DTypeLike,
+    max_shard_size: int | str | None,
+) -> None:
+    """Replaces a directory as a whole; arguments and errors are save_model's."""
     dtype, limit = weights_dtype(dtype), size_in_bytes(max_shard_size)
     directory = as_path(directory)
     with folder_for_new(directory), together() as changes:
-        write_weights(directory, _to_hugging_face(model), dtype, limit)
+        write_weights(directory, tensors, dtype, limit)
         n = len(changes)
         if tokenizer is not None:
             tokenizer.save(directory)
-        write_config(directory, _config_to_hugging_face(model.cfg, tokenizer), dtype)
+        write_config(directory, config, dtype)
         if any(file.is_new() for file in changes[n:]):
             changes.insert(0, Removal(directory / CONFIG))
 
@@ -240,10 +278,11 @@ def _must_exist(directory: Path) -> None:
 # --- config.json ----------------------------------------------------------------------------------
 
 
-def _config_to_hugging_face(cfg: GPTConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def config_to_hugging_face(cfg: GPTConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """config.json of a language model."""
     end_of_text = None if tokenizer is None else tokenizer.special_tokens.get("<|endoftext|>")
     return {
-        "architectures": ["GPT2LMHeadModel"],
+        "architectures": [LANGUAGE_MODEL],
         "model_type": "gpt2",
         "vocab_size": cfg.vocab_size,
         "n_positions": cfg.context_length,
@@ -320,6 +359,31 @@ def _config_from_hugging_face(config: dict[str, Any]) -> GPTConfig:
     )
 
 
+def _classes(config: dict[str, Any]) -> tuple[str, ...] | None:
+    """The names of a classifier's classes; None for a language model. Raises ValueError."""
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or CLASSIFIER not in architectures:
+        return None
+    kind = config.get("problem_type")
+    if kind not in (None, "single_label_classification"):
+        raise ValueError(
+            f"problem_type is {shown(kind)}: supported is 'single_label_classification'"
+        )
+    n = config.get("num_labels", 2)
+    names = config.get("id2label")
+    if names is None and type(n) is int and 2 <= n < 10**6:  # transformers leaves these out
+        return tuple(f"LABEL_{i}" for i in range(n))
+    numbers = map(str, range(len(names))) if isinstance(names, dict) else ()
+    classes = tuple(names.get(number) for number in numbers)
+    named = len(classes) > 1 and all(isinstance(name, str) for name in classes)
+    if not named or len(set(classes)) < len(classes):
+        raise ValueError(
+            f"id2label is {shown(names)}: expected two classes or more, another name for each of "
+            "0, 1 ..."
+        )
+    return classes
+
+
 def _has_qkv_bias(tensors: dict[str, StoredTensor]) -> bool:
     """Saved of a model without these biases they are zeros, unless another program trained them."""
     return any(t[:].any() for name, t in tensors.items() if name.endswith("attn.c_attn.bias"))
@@ -328,20 +392,25 @@ def _has_qkv_bias(tensors: dict[str, StoredTensor]) -> bool:
 # --- names and tensors ----------------------------------------------------------------------------
 
 
-def _hugging_face_name(name: str) -> str:
-    """blocks.0.att.qkv.weight -> transformer.h.0.attn.c_attn.weight"""
-    module, _, kind = name.rpartition(".")
+def hugging_face_name(name: str) -> str:
+    """blocks.0.att.qkv.weight -> transformer.h.0.attn.c_attn.weight, also of a classifier's body"""
+    module, _, kind = name.removeprefix("body.").rpartition(".")
     if module in NAMES:
         return f"{NAMES[module]}.{kind}"
     _, number, module = module.split(".", 2)
     return f"transformer.h.{number}.{BLOCK_NAMES[module]}.{kind}"
 
 
-def _to_hugging_face(model: GPT) -> Tensors:
+def to_hugging_face(model: GPT) -> Tensors:
     """GPT-2's tensors by name, as views; a tied head comes once."""
+    if lora_layers(model):
+        raise ValueError(
+            "the model has LoRA adapters, which its own files cannot hold: save_adapter them, or "
+            "merge_lora and remove_lora before the model is saved"
+        )
     tensors = {}
     for name, array in model.state_dict().items():
-        name = _hugging_face_name(name)
+        name = hugging_face_name(name)
         tensors[name] = array.T if TRANSPOSED.search(name) else array
     if not model.cfg.qkv_bias:  # GPT-2 always has these
         for i in range(model.cfg.n_layers):
@@ -350,8 +419,10 @@ def _to_hugging_face(model: GPT) -> Tensors:
     return tensors
 
 
-def _shapes(cfg: GPTConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every tensor that GPT2LMHeadModel saves of such a model, and its shape."""
+def _shapes(
+    cfg: GPTConfig, classes: tuple[str, ...] | None
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor that transformers saves of such a model, and its shape."""
     C = cfg.emb_dim
     block = {
         "ln_1": (C,),
@@ -369,15 +440,17 @@ def _shapes(cfg: GPTConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"transformer.h.{i}.{name}.bias", shape[-1:]
     yield "transformer.ln_f.weight", (C,)
     yield "transformer.ln_f.bias", (C,)
-    if not cfg.tie_weights:
+    if classes is not None:
+        yield SCORE, (len(classes), C)
+    elif not cfg.tie_weights:
         yield HEAD, (cfg.vocab_size, C)
 
 
 def _with_full_names(directory: Path, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """As GPT2LMHeadModel names them: GPT2Model leaves the prefix out, and masks are no weights."""
+    """As models with a head name them: GPT2Model leaves the prefix out; masks are no weights."""
     full = {}
     for name, tensor in tensors.items():
-        if not name.startswith(("transformer.", "lm_head.")):
+        if not name.startswith(("transformer.", "lm_head.", "score.")):
             name = "transformer." + name
         if name in full:
             raise ValueError(f"{directory} has {few([name])} twice, with and without its prefix")
@@ -386,11 +459,13 @@ def _with_full_names(directory: Path, tensors: dict[str, StoredTensor]) -> dict[
     return full
 
 
-def _fitting(cfg: GPTConfig, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _fitting(
+    cfg: GPTConfig, classes: tuple[str, ...] | None, stored: dict[str, StoredTensor]
+) -> dict[str, StoredTensor]:
     """The model's tensors, in its order. Raises ValueError if they are not just these."""
     if cfg.n_layers > len(stored):  # and not a list of millions of missing names
         raise ValueError(f"n_layer is {cfg.n_layers}, with {len(stored)} tensors in all")
-    shapes = dict(_shapes(cfg))
+    shapes = dict(_shapes(cfg, classes))
     problems = []
     if missing := [name for name in shapes if name not in stored]:
         problems.append(f"missing {few(missing)}")

@@ -17,10 +17,11 @@ from .errors import UsageError, UserError, described, user_input
 from .export import export
 from .generate import generate
 from .info import info
+from .judge import judge
 from .screen import PROGRAM
 from .train import train
 
-COMMANDS = [train, generate, chat, info, export, check]  # in the order of --help
+COMMANDS = [train, generate, chat, judge, info, export, check]  # in the order of --help
 
 app = typer.Typer(
     add_completion=False,

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from .. import backend
 from ..device import Device
 from ..gpt import GPTConfig
 from ..precision import dtype as dtype_named
@@ -28,7 +29,8 @@ def training_bytes(cfg: GPTConfig, options: dict[str, Any], where: Device) -> in
     """Bytes that training takes at its peak, about: weights, gradients, AdamW's state, and what
     the forward pass keeps. options: those of `train`.
     """
-    on_gpu, size = where.name != "cpu", dtype_named(options["dtype"]).itemsize
+    on_gpu = where.name != "cpu" and backend.current.reading.off is not None  # with its kernels
+    size = dtype_named(options["dtype"]).itemsize
     states = _state_bytes(cfg, options, on_gpu, size) * cfg.num_parameters()
     tokens = options["batch_size"] * cfg.context_length
     block, ends = _kept(cfg, kept_on_gpu if on_gpu else kept_numbers)

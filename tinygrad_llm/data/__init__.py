@@ -3,7 +3,7 @@
 from tinygrad_llm.data.corpus import corpus_hash, embedded_corpus, read_blocks, read_corpus
 from tinygrad_llm.data.duplicates import MinHash, deduplicate, jaccard, near_duplicates, shingles
 from tinygrad_llm.data.filters import PERSONAL_DATA, blocked_by, perplexity_outliers
-from tinygrad_llm.data.loader import DataLoader, create_dataloader
+from tinygrad_llm.data.loader import DataLoader, EpochBatches, create_dataloader
 from tinygrad_llm.data.mixture import MixedBatches, mixture_probabilities
 from tinygrad_llm.data.named import corpus_path
 from tinygrad_llm.data.packing import Packed, pack
@@ -14,6 +14,7 @@ from tinygrad_llm.data.windows import RandomBatches, Windows
 __all__ = [
     "PERSONAL_DATA",
     "DataLoader",
+    "EpochBatches",
     "MinHash",
     "MixedBatches",
     "Packed",

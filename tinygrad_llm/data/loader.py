@@ -5,6 +5,7 @@ that only its worker processes would need included.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -106,3 +107,66 @@ def create_dataloader(
     """
     windows = Windows(tokens, max_length, stride)
     return DataLoader(windows, batch_size, shuffle, drop_last, generator)
+
+
+class EpochBatches:
+    """Endless batches of a dataset, each of its items once in every epoch, in a new order.
+
+    The dataset is one for DataLoader, in whose order the items come, which is PyTorch's. `epoch`
+    counts the epochs that are complete, `batches_per_epoch` what one has. A `state_dict` (JSON can
+    hold it) continues exactly, with the same dataset and batch_size. The generator is for it alone.
+    Raises as DataLoader does.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        generator: random.Generator,
+        shuffle: bool = True,
+        drop_last: bool = True,
+    ):
+        if not isinstance(generator, random.Generator):
+            raise TypeError(f"generator is a tinygrad_llm.random.Generator, not {generator!r}")
+        self.loader = DataLoader(dataset, batch_size, shuffle, drop_last, generator)
+        self.batches_per_epoch = len(self.loader)
+        self.epoch = 0
+        self._begin(0)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self._drawn == self.batches_per_epoch:
+            next(self._batches, None)  # what DataLoader draws at an epoch's end
+            self.epoch += 1
+            self._begin(0)
+        self._drawn += 1
+        return next(self._batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is: the generator as it was when the epoch began, and batches drawn since."""
+        return {
+            "epoch": self.epoch,
+            "generator": self._before,
+            "drawn": self._drawn,
+            "size": [len(self.loader.dataset), self.loader.batch_size],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where state_dict() was called. Raises ValueError for another dataset's."""
+        size = [len(self.loader.dataset), self.loader.batch_size]
+        if list(state["size"]) != size:
+            raise ValueError(
+                "this state is of {} items in batches of {}, here are {} in batches of {}: give "
+                "it the same ones to go on".format(*state["size"], *size)
+            )
+        self.loader.generator.set_state(state["generator"])
+        self.epoch = state["epoch"]
+        self._begin(state["drawn"])
+
+    def _begin(self, drawn):
+        """A new epoch, of which so many batches have been drawn."""
+        self._before, self._drawn = self.loader.generator.get_state(), drawn
+        self._batches = iter(self.loader)
+        next(islice(self._batches, drawn, drawn), None)  # passes over them

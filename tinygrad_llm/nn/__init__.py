@@ -17,6 +17,18 @@ from .layers import (
     SiLU,
     Tanh,
 )
+from .lora import (
+    LoRAConfig,
+    LoRALinear,
+    adapter_names,
+    apply_lora,
+    lora_layers,
+    merge_lora,
+    remove_lora,
+    set_adapter,
+    trainable,
+    unmerge_lora,
+)
 from .module import Buffer, Module, ModuleList, Parameter, Sequential
 from .position import (
     RelativePositionBias,
@@ -39,6 +51,8 @@ __all__ = [
     "LayerCache",
     "LayerNorm",
     "Linear",
+    "LoRAConfig",
+    "LoRALinear",
     "Module",
     "ModuleList",
     "MultiHeadAttention",
@@ -54,10 +68,18 @@ __all__ = [
     "Tanh",
     "TransformerBlock",
     "Yarn",
+    "adapter_names",
+    "apply_lora",
     "init",
+    "lora_layers",
+    "merge_lora",
     "no_init",
     "recompute",
+    "remove_lora",
     "segment_mask",
     "segment_positions",
+    "set_adapter",
     "sinusoidal_positions",
+    "trainable",
+    "unmerge_lora",
 ]

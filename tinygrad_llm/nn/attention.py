@@ -85,7 +85,7 @@ class MultiHeadAttention(Module):
         """Draws the weights anew, in the order of three layers for q, k and v, each with its bias,
         and one for the output.
         """
-        for part in self._parts():
+        for part in self.parts():
             reset_linear(self.qkv, part, generator)
         self.out_proj.reset_parameters(generator)
 
@@ -129,7 +129,7 @@ class MultiHeadAttention(Module):
 
     def _attend(self, qkv, mask, cache, segments):
         """What each token collects: (B, T, C + 2 C / R) -> (B, T, C), the heads side by side."""
-        q, k, v = (self._heads(qkv[..., part]) for part in self._parts())  # (B, H, T, D)
+        q, k, v = (self._heads(qkv[..., part]) for part in self.parts())  # (B, H, T, D)
         if isinstance(cache, StaticLayerCache):
             self._check_static(mask, segments)
             y = cache.attend(q, k, v, self.window if self.window < self.context_length else None)
@@ -164,7 +164,7 @@ class MultiHeadAttention(Module):
                 "KVCache"
             )
 
-    def _parts(self):
+    def parts(self) -> list[slice]:
         """Which channels of qkv are queries, keys and values."""
         queries, keys = self.d_out, self.n_kv_heads * self.head_dim
         bounds = 0, queries, queries + keys, queries + 2 * keys
