@@ -244,7 +244,7 @@ def test_rope_inside_attention(n_kv_heads):
         5, 16, 9, 4, n_kv_heads=n_kv_heads, rope=rope, generator=Generator(0)
     )
     x = Tensor(randn(2, 9, 5))
-    q, k, v = (layer.qkv(x)[..., part] for part in layer._parts())
+    q, k, v = (layer.qkv(x)[..., part] for part in layer.parts())
     q, k, v = (a.reshape(2, 9, -1, 4).transpose(1, 2) for a in (q, k, v))
     k, v = (Tensor(np.repeat(a.data, 4 // n_kv_heads, axis=1)) for a in (rope(k), v))
     y = F.scaled_dot_product_attention(rope(q), k, v, is_causal=True)
