@@ -3,9 +3,11 @@
 `Trainer.training_step` is all of it in ten lines; the rest is measuring, checking and remembering.
 """
 
+import copy
 import hashlib
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,9 +21,9 @@ from .data import RandomBatches, Windows
 from .data.files import atomic_write
 from .generate import evaluating
 from .gpt import GPT, GPTConfig
-from .nn import no_init
+from .nn import Module, no_init
 from .optim import AdamW, decay_groups, warmup_cosine
-from .parallel import Shards, blas, default_threads
+from .parallel import Batch, Shards, blas, default_threads
 from .step import make_step
 
 STATE_VERSION = 3  # of Trainer.state_dict
@@ -133,32 +135,31 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 709 else math.inf
 
 
-class Trainer:
-    """Trains `model` on windows drawn from `train_tokens` (N,), validates on `val_tokens` (M,).
+class Training(ABC):
+    """Trains `model` on `batches`; a subclass says what they are, and how the model is validated.
+
+    model       has loss(*batch), cfg, recompute and draws_masks(), as a GPT has
+    batches     endless: arrays for model.loss, with accumulate * batch_size rows. Its state_dict()
+                and load_state_dict() repeat them
+    dropout     what the model's masks are drawn from
+    dtype       what the weights are cast to, such as "bfloat16"; AdamW keeps them in float32
 
     `step` counts the updates done. `losses` has the training loss of each, `evaluations` the pairs
     (step, validation loss), `grad_norm` the length of the last gradient before it was clipped.
     With patience, validation losses count from the step on at which it was first given, and
     `best_weights` is a copy of the state dict that had the lowest one; without, it is None.
-    dtype       what the weights are cast to, such as "bfloat16"; AdamW keeps them in float32
-    Raises ValueError if the context is longer than the model's or a text shorter than one window,
-    IndexError for token ids that the model does not have.
     """
 
     def __init__(
         self,
-        model: GPT,
-        train_tokens: ArrayLike,
-        val_tokens: ArrayLike,
+        model: Module,
+        batches: Iterator[Batch],
+        dropout: random.Generator,
         settings: TrainSettings,
         dtype: DTypeLike | None = None,
     ):
-        _check_fit(model, settings, train_tokens, val_tokens)
-        self.model, self.settings, self.val_tokens = model, settings, val_tokens
-        self.windows = random.Generator(settings.seed)
-        self.dropout = random.or_default(model.drop_emb.generator)
-        rows = settings.batch_size * settings.accumulate
-        self.batches = RandomBatches(train_tokens, rows, settings.context, self.windows)
+        self.model, self.settings, self.batches = model, settings, batches
+        self.dropout = dropout
         model.recompute = settings.recompute
         groups = decay_groups(model, settings.weight_decay)
         self.optimizer = AdamW(groups, lr=settings.lr, betas=(0.9, 0.99))
@@ -176,8 +177,7 @@ class Trainer:
             generator=self.dropout,
             shards=self.shards,
         )
-        self._ahead = self._windows_before = None  # a batch, and the state before it was drawn
-        self.fingerprint = _fingerprint(train_tokens, val_tokens)
+        self._ahead = self._before = None  # a batch, and the state before it was drawn
         self.step, self.grad_norm = 0, math.nan
         self.losses: list[float] = []
         self.evaluations: list[tuple[int, float]] = []
@@ -208,7 +208,7 @@ class Trainer:
         batch, self._ahead = self._ahead or next(self.batches), None
         self.update.start(batch, self.learning_rate())
         if self.model.device != "cpu":  # which goes on meanwhile
-            self._windows_before, self._ahead = self.windows.get_state(), next(self.batches)
+            self._before, self._ahead = self.batches.state_dict(), next(self.batches)
         loss, self.grad_norm = self.update.finish()
         self._check_update(loss)
         self.step += 1
@@ -220,11 +220,13 @@ class Trainer:
         """Step and value of the lowest validation loss that counts, the first one of equals."""
         return min(self._counted(), key=lambda evaluation: evaluation[1])
 
-    def best_model(self) -> GPT:
+    def best_model(self) -> Module:
         """With patience, a copy of the model as it was at its `best`; without, the model itself."""
         if self.best_weights is None:
             return self.model
-        return _model(self.model.cfg, self.best_weights)
+        model = copy.deepcopy(self.model).to("cpu")
+        model.load_state_dict(self.best_weights)
+        return model
 
     @property
     def out_of_patience(self) -> bool:
@@ -259,12 +261,13 @@ class Trainer:
         if self.settings.patience is not None:
             self.best_weights = _copied(self.model.state_dict())
 
+    @abstractmethod
+    def validation_loss(self) -> float:
+        """Of the model as it is, without dropout."""
+
     def _validate(self) -> float:
-        s = self.settings
         with np.errstate(all="ignore"):
-            loss = evaluate(
-                self.model, self.val_tokens, s.context, s.batch_size, s.eval_batches, self.shards
-            )
+            loss = self.validation_loss()
         self._check_finite(loss)
         self.evaluations.append((self.step, loss))
         return loss
@@ -295,14 +298,12 @@ class Trainer:
             "version": STATE_VERSION,
             "versions": versions(),
             "config": self.model.cfg.to_dict(),
-            "n_tokens": len(self.batches.tokens),
-            "fingerprint": self.fingerprint,
             "settings": asdict(self.settings),
             "model": self.model.state_dict(),
             "frozen": [n for n, p in self.model.named_parameters() if not p.requires_grad],
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
-            "windows": self._windows_before if self._ahead else self.windows.get_state(),
+            "batches": self._before if self._ahead else self.batches.state_dict(),
             **self.update.state_dict(),
             "dropout": self.dropout.get_state(),
             "losses": np.array(self.losses, np.float64),
@@ -310,6 +311,75 @@ class Trainer:
             "counts_from": self.counts_from,
             "best_weights": self.best_weights,
         }
+
+    def go_on(self, state: dict[str, Any], patience: int | None) -> None:
+        """Takes over everything of a state but the model, which has its weights already."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.update.load_state_dict({"loss_scale": None, **state})
+        self.batches.load_state_dict(state["batches"])
+        self.dropout.set_state(state["dropout"])
+        self.step = state["step"]
+        self.losses = state["losses"].tolist()
+        self.evaluations = [(int(step), loss) for step, loss in state["evaluations"].tolist()]
+        self.counts_from = state["counts_from"]
+        if state["best_weights"] is not None:
+            self.best_weights = _copied(state["best_weights"])
+        elif patience is not None and self.evaluations:  # it is new
+            self.counts_from = self.step
+            if self.evaluations[-1][0] == self.step:
+                self._keep_weights()
+
+
+def settings_to_go_on(
+    state: dict[str, Any], steps: int | None, patience: int | None
+) -> TrainSettings:
+    """Those of a state, with other steps and patience if given. ValueError for fewer steps than
+    before, or a state of another version.
+    """
+    if state.get("version") != STATE_VERSION:
+        raise ValueError(
+            "this training state is of another version of the library, and cannot go on with "
+            "this one: its model can still be used; start a new run"
+        )
+    settings = TrainSettings(**state["settings"])
+    steps = settings.steps if steps is None else steps
+    patience = settings.patience if patience is None else patience
+    if steps < settings.steps:
+        raise ValueError(f"steps is {steps}, but it was {settings.steps}: it can only be raised")
+    return replace(settings, steps=steps, patience=patience)
+
+
+class Trainer(Training):
+    """Trains a GPT on windows drawn from `train_tokens` (N,), validates on `val_tokens` (M,).
+
+    Raises ValueError if the context is longer than the model's or a text shorter than one window,
+    IndexError for token ids that the model does not have.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        train_tokens: ArrayLike,
+        val_tokens: ArrayLike,
+        settings: TrainSettings,
+        dtype: DTypeLike | None = None,
+    ):
+        _check_fit(model, settings, train_tokens, val_tokens)
+        rows, windows = settings.batch_size * settings.accumulate, random.Generator(settings.seed)
+        batches = RandomBatches(train_tokens, rows, settings.context, windows)
+        dropout = random.or_default(model.drop_emb.generator)
+        super().__init__(model, batches, dropout, settings, dtype)
+        self.val_tokens = val_tokens
+        self.fingerprint = _fingerprint(train_tokens, val_tokens)
+
+    def validation_loss(self) -> float:
+        s = self.settings
+        sizes = s.context, s.batch_size, s.eval_batches
+        return evaluate(self.model, self.val_tokens, *sizes, self.shards)
+
+    def state_dict(self) -> dict[str, Any]:
+        of_text = {"n_tokens": len(self.batches.tokens), "fingerprint": self.fingerprint}
+        return {**super().state_dict(), **of_text}
 
     @classmethod
     def resume(
@@ -330,18 +400,7 @@ class Trainer:
         sums have other last digits.
         Raises ValueError for fewer steps than before, other tokens, or a state that does not fit.
         """
-        if state.get("version") != STATE_VERSION:
-            raise ValueError(
-                "this training state is of another version of the library, and cannot go on with "
-                "this one: its model can still be used; start a new run"
-            )
-        settings = TrainSettings(**state["settings"])
-        steps = settings.steps if steps is None else steps
-        patience = settings.patience if patience is None else patience
-        if steps < settings.steps:
-            raise ValueError(
-                f"steps is {steps}, but it was {settings.steps}: it can only be raised"
-            )
+        settings = settings_to_go_on(state, steps, patience)
         if len(train_tokens) != state["n_tokens"]:
             raise ValueError(
                 f"this run was trained on {state['n_tokens']} tokens, not on {len(train_tokens)}: "
@@ -351,26 +410,13 @@ class Trainer:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in state["frozen"])
         model.to(device)
-        settings = replace(settings, steps=steps, patience=patience)
         trainer = cls(model, train_tokens, val_tokens, settings)
         if trainer.fingerprint != state["fingerprint"]:
             raise ValueError(
                 "this run was trained on other tokens, as many as these: give it the same ones"
             )
-        trainer.optimizer.load_state_dict(state["optimizer"])
-        trainer.update.load_state_dict({"loss_scale": None, **state})
-        trainer.windows.set_state(state["windows"])
-        trainer.dropout.set_state(state["dropout"])
-        trainer.step = state["step"]
-        trainer.losses = state["losses"].tolist()
-        trainer.evaluations = [(int(step), loss) for step, loss in state["evaluations"].tolist()]
-        trainer.counts_from = state["counts_from"]
-        if state["best_weights"] is not None:
-            trainer.best_weights = _copied(state["best_weights"])
-        elif patience is not None and trainer.evaluations:  # it is new
-            trainer.counts_from = trainer.step
-            if trainer.evaluations[-1][0] == trainer.step:
-                trainer._keep_weights()
+        windows = {"generator": state["windows"]} if "windows" in state else state["batches"]
+        trainer.go_on({**state, "batches": windows}, settings.patience)
         return trainer
 
 

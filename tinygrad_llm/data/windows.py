@@ -101,3 +101,11 @@ class RandomBatches:
         end = len(self.tokens) - self.context  # the last start is end - 1: its target exists
         starts = np.asarray(self.rng.integers(0, end, self.batch_size))
         return gather(self.tokens, starts, self.context)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is, as JSON can hold it; the rng is a tinygrad_llm.random.Generator."""
+        return {"generator": self.rng.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where state_dict() was called, with the same tokens and sizes."""
+        self.rng.set_state(state["generator"])
