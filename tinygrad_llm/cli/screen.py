@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from ..train import Report, Trainer
+from ..train import Report, Training
 
 PROGRAM = "tinygrad-llm"
 
@@ -58,7 +58,7 @@ class Screen:
 class Clock:
     """How fast a trainer is, and how long it will take; starts when it is made."""
 
-    def __init__(self, trainer: Trainer):
+    def __init__(self, trainer: Training):
         self.trainer, self.first_step = trainer, trainer.step
         self.start = time.monotonic()
 
