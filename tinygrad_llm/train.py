@@ -271,6 +271,11 @@ class Training(ABC):
     def validation_loss(self) -> float:
         """Of the model as it is, without dropout."""
 
+    @property
+    @abstractmethod
+    def per_step(self) -> tuple[int, str]:
+        """What one step learns from, such as 2048, "tokens"."""
+
     @abstractmethod
     def details(self, evaluated: bool) -> dict[str, float]:
         """What else a Report says of this step, after a validation loss or without one."""
@@ -399,6 +404,10 @@ class Trainer(Training):
         s = self.settings
         sizes = s.context, s.batch_size, s.eval_batches
         return evaluate(self.model, self.val_tokens, *sizes, self.shards)
+
+    @property
+    def per_step(self) -> tuple[int, str]:
+        return self.settings.tokens_per_step, "tokens"
 
     def details(self, evaluated: bool) -> dict[str, float]:
         return {"tokens": self.step * self.settings.tokens_per_step}

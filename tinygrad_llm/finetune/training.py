@@ -4,7 +4,6 @@ Its states hold how the model is built, its head and its adapters, so that they 
 """
 
 import hashlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -43,6 +42,11 @@ class FineTuning(Training):
         dropout = random.or_default(body.drop_emb.generator)
         super().__init__(model, batches, dropout, settings, dtype)
         self.validation, self.fingerprint = validation, _fingerprint(train, validation)
+
+    @property
+    def per_step(self) -> tuple[int, str]:
+        rows = self.settings.batch_size * self.settings.accumulate
+        return rows, "rows" if isinstance(self.validation, Packed) else "texts"
 
     def details(self, evaluated: bool) -> dict[str, float]:
         return {"epoch": self.step / self.batches.batches_per_epoch}
@@ -110,15 +114,7 @@ class ClassifierTrainer(FineTuning):
         return {**super().details(evaluated), **accuracy}
 
     def state_dict(self) -> dict[str, Any]:
-        model = self.model
-        built = {
-            "classes": model.classes,
-            "position": model.position,
-            "bias": model.head.bias is not None,
-            "pad_id": model.pad_id,
-            "max_length": model.max_length,
-        }
-        return {**super().state_dict(), "classifier": built}
+        return {**super().state_dict(), "classifier": self.model.arguments}
 
     @staticmethod
     def _built(state: dict[str, Any]) -> GPTClassifier:
@@ -144,22 +140,26 @@ class InstructionTrainer(FineTuning):
 
 def held_out_loss(model: GPT, dataset: Instructions | Packed, batch_size: int) -> float:
     """The loss per target that counts, in nats, over all of a data set; errors as mean_loss."""
-    return mean_loss(model, _in_order(dataset, batch_size))
-
-
-def _in_order(dataset: Dataset, batch_size: int) -> Iterator[tuple[np.ndarray, ...]]:
-    for start in range(0, len(dataset), batch_size):
-        yield dataset.batch(np.arange(start, min(start + batch_size, len(dataset))))
+    starts = range(0, len(dataset), batch_size)
+    rows = (np.arange(start, min(start + batch_size, len(dataset))) for start in starts)
+    return mean_loss(model, map(dataset.batch, rows))
 
 
 def _fingerprint(*datasets: Dataset) -> str:
-    """A SHA-256 of all ids and targets."""
+    """A SHA-256 of all that is learned from, but for padding, which may differ between devices."""
     digest = hashlib.sha256()
     for dataset in datasets:
-        for batch in _in_order(dataset, 1):
-            for array in batch:
-                digest.update(f"{array.shape}".encode() + array.astype("<i8").tobytes())
+        for array in _content(dataset):
+            digest.update(f"{array.shape}".encode() + array.astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+def _content(dataset: Dataset) -> list[np.ndarray]:
+    if isinstance(dataset, Packed):
+        return [dataset.inputs, dataset.targets, dataset.segments]
+    if isinstance(dataset, Instructions):
+        return [*dataset.texts, dataset.prompt_lengths, np.array(dataset.response_only)]
+    return [*dataset.rows, dataset.labels]
 
 
 def _adapters(model: Module) -> dict[str, Any]:
