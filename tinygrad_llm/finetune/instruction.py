@@ -286,9 +286,10 @@ def generate_responses(
     """The entries with what the model says to each as "model_response", also written to `path`.
 
     The file is replaced as a whole after each batch, so that little is lost if this is interrupted;
-    entries that have a response in it, or already, are not asked again. `sampling` are options of
-    generate, by default temperature=0, the likeliest token. `progress(done, total)` is called after
-    each batch. A response ends where the model's context does.
+    entries that have a response in it, or already, are not asked again, whichever model gave it:
+    another model needs another file. `sampling` are options of generate, by default temperature=0,
+    the likeliest token. `progress(done, total)` is called after each batch. A response ends where
+    the model's context does.
 
     Raises ValueError for a file of other entries, and, before anything is generated, for an entry
     that leaves no room for a response in the model's context; as read_entries and generate do.

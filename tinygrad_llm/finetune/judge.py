@@ -67,14 +67,15 @@ REMINDER = "\n\nOnly the number, in digits: no words, no explanation, no second 
 
 # --- what a judge says ----------------------------------------------------------------------------
 
-_RANGE = re.compile(r"(?<![\w.,])0\s*(?:-|–|—|to|and)\s*100(?!\w|[.,]\d)")
-_OUT_OF_100 = re.compile(r"(?<=\d)\W{0,3}\s*(?:/|out of)\s*100(?!\w|[.,]\d)")
+_SCALE = re.compile(r"((?<![\w.,])[01]\s*(?:-|–|—|to|and)\s*|out of )100(?!\w|[.,]\d)")
+_OUT_OF_100 = re.compile(r"(?<=\d)\W{0,3}\s*(?:/|out of)[\s*]*100(?!\w|[.,]\d)")
 _OTHER_SCALE = re.compile(r"\d\s*(?:/|out of)\s*\d")
 _NUMBER = re.compile(r"(?<![\w.,])[-+−–]?\d+(?:[.,]\d+)*(?!\w)")
 _LABEL = re.compile(
     r"\b(?:(?:score|rate|rating|grade)[sd]?|(?:give|award)s?\W+(?:it|this|the))"
     r"(?:\W+(?:a|an|answer|as|at|be|is|it|model|of|overall|response|s|the|this|total))*\W*$"
 )
+_TO = re.compile(r"[%\s]*(?:-|–|—|to|or)?\s*")  # between the ends of a range
 _AROUND = 80  # characters before a number, in which its label is looked for
 _MARK = "\x00"  # stands for "out of 100"
 
@@ -87,7 +88,7 @@ def parse_score(reply: str) -> int | None:
     """
     said = reply.rpartition("</think>")[2].partition("<think>")[0]  # the rest are thoughts
     text = said.replace(_MARK, "").lower()
-    text = _OUT_OF_100.sub(_MARK, _RANGE.sub("", text))
+    text = _SCALE.sub("", _OUT_OF_100.sub(_MARK, text))
     if _OTHER_SCALE.search(text):
         return None
     stated = {_whole(number) for line in text.split("\n") for number in _stated(line)}
@@ -96,13 +97,16 @@ def parse_score(reply: str) -> int | None:
 
 
 def _stated(line: str) -> Iterator[str]:
-    """The numbers in a line that are meant as scores."""
+    """The numbers in a line that are meant as scores, of a range both ends."""
     alone = not re.search(r"\w", re.sub(r"\b(points?|percent)\b", "", _NUMBER.sub("", line)))
+    last = None  # where the one before ends
     for match in _NUMBER.finditer(line):
         start, end = match.span()
         labelled = _LABEL.search(line[max(0, start - _AROUND) : start])
-        if alone or labelled or line.startswith(_MARK, end):
+        other_end = last is not None and _TO.fullmatch(line, last, start)
+        if alone or labelled or line.startswith(_MARK, end) or other_end:
             yield match.group()
+            last = end
 
 
 def _whole(number: str) -> int | None:
