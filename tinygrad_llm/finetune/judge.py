@@ -182,6 +182,7 @@ class Endpoint:
         if self.tries < 1 or not self.backoff >= 0:
             raise ValueError("an endpoint needs tries ≥ 1 and backoff ≥ 0")
         self._reached = self._answered = False
+        self._passes = False  # whether something was answered since a prompt got nothing
         # No handler for redirects: it would make the POST a GET, and send the key somewhere else.
         self._opener = urllib.request.OpenerDirector()
         for handler in (
@@ -203,7 +204,7 @@ class Endpoint:
         seed = self.seed if seed is None else seed
         request = {"model": self.model, "messages": [message], "temperature": 0, "seed": seed}
         body = self._post(json.dumps({**request, "stream": False}).encode())
-        self._answered = True
+        self._answered = self._passes = True
         try:
             choice = json.loads(body)["choices"][0]
             if choice.get("finish_reason") != "length":  # 8 may have been about to become 85
@@ -232,7 +233,7 @@ class Endpoint:
                 reason = getattr(error, "reason", error)  # of a URLError
                 said = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
                 if isinstance(reason, TimeoutError):
-                    said = f"nothing came for {self.timeout:g} s"
+                    code, said = 408, f"nothing came for {self.timeout:g} s"
                 if not self._reached and isinstance(reason, ConnectionRefusedError | gaierror):
                     raise EndpointError(
                         f"{self.url} cannot be reached ({said}): start a server there, for example "
@@ -240,7 +241,8 @@ class Endpoint:
                     ) from None
             if attempt + 1 < self.tries:
                 time.sleep(min(wait, 60.0))
-        if code == 500 and self._answered:  # where others pass: the prompt's fault
+        if code in (408, 500) and self._passes:  # as others do: the prompt's fault
+            self._passes = False
             raise RefusedError(said)
         raise EndpointError(f"{self.url} gives no answer, asked {self.tries} times: {said}")
 
@@ -383,7 +385,8 @@ def judge(
     The file's first line has the settings, each other one an entry's verdict, written as soon as it
     and those before it are there. If the file exists, the entries that have no score in it are
     asked, those that failed again: to the same bytes as in one go, if the judge gives the same
-    replies. How many workers ask at the same time, and where the model is, may change in between.
+    replies. How many workers ask at the same time, how often, and where the model is, may change in
+    between.
     `progress` gets the verdicts so far, without those that are asked again: before the first
     question, and after each verdict.
 
@@ -399,7 +402,6 @@ def judge(
     settings = {
         "model": endpoint.model,
         "seed": endpoint.seed,
-        "attempts": attempts,
         "rubric": _digest(rubric.strip()),
         "entries": len(entries),
         "data": _digest(prompts),

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from ..data.files import atomic_write
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scores:
     """What n classes' predictions are worth; arrays are (n,) float64, in the order of the classes.
 
