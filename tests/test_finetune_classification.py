@@ -184,6 +184,8 @@ def test_words_are_weighed_by_tf_idf_and_learned_in_parts(most, monkeypatch):
     assert model.evaluate(table).confusion.tolist() == [[2, 0], [0, 3]]
     new = Table.of(["win", "good", "bye bye", "quite new"], ["spam", "ham", "ham", "ham"])
     assert model.evaluate(new).confusion.tolist()[1] == [0, 1]
+    with pytest.raises(ValueError, match="the words tell ham, spam apart, and the table has a, b"):
+        model.evaluate(Table.of(["x", "y"], ["a", "b"]))
 
 
 def test_a_large_table_is_read_in_seconds(tmp_path):

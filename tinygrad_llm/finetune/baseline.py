@@ -52,7 +52,12 @@ class WordClassifier:
             optimizer.step()
 
     def evaluate(self, table: Table) -> Scores:
-        """Of a table that has the same classes."""
+        """Raises ValueError for a table with other classes than the one that it learned from."""
+        if table.classes != self.classes:
+            raise ValueError(
+                f"the words tell {', '.join(self.classes)} apart, and the table has "
+                f"{', '.join(table.classes)}: read it with the same classes"
+            )
         predicted = np.empty(len(table), np.int64)
         for start in range(0, len(table), MOST_TEXTS):
             chosen = slice(start, start + MOST_TEXTS)

@@ -386,9 +386,8 @@ def judge(
     and those before it are there. If the file exists, the entries that have no score in it are
     asked, those that failed again: to the same bytes as in one go, if the judge gives the same
     replies. How many workers ask at the same time, how often, and where the model is, may change in
-    between.
-    `progress` gets the verdicts so far, without those that are asked again: before the first
-    question, and after each verdict.
+    between. `progress` gets the verdicts so far, without those that are asked again: before the
+    first question, and after each verdict.
 
     Raises ValueError for entries without their texts, if the file was made otherwise, or if another
     process writes to it; OSError if it cannot be written; EndpointError. What was scored is kept.
