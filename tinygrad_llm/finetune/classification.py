@@ -11,6 +11,7 @@ import copy
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -96,6 +97,17 @@ class GPTClassifier(Module):
     def cfg(self) -> GPTConfig:
         """The body's sizes."""
         return self.body.cfg
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keywords that make another one like it of another GPT."""
+        return {
+            "classes": self.classes,
+            "position": self.position,
+            "bias": self.head.bias is not None,
+            "pad_id": self.pad_id,
+            "max_length": self.max_length,
+        }
 
     @property
     def recompute(self) -> bool:

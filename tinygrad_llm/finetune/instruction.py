@@ -183,6 +183,7 @@ class Instructions:
     response_only   the loss counts the responses, and not the prompts (the book's exercise 7.2)
     too_long        of entries with more tokens: "truncate" cuts the end off, "drop" leaves them
                     out, "refuse" raises ValueError
+    first           the number of the first entry, for what an error says
 
     `texts` are the ids of each entry, without the end that `collate` adds; `prompt_lengths` says
     how many of them are its prompt; `n_too_long` counts the entries that were cut or left out.
@@ -199,6 +200,7 @@ class Instructions:
         max_length: int,
         response_only: bool = False,
         too_long: str = "truncate",
+        first: int = 1,
     ):
         if too_long not in ("truncate", "drop", "refuse"):
             raise ValueError(f'too_long is "truncate", "drop" or "refuse", not {too_long!r}')
@@ -206,7 +208,7 @@ class Instructions:
         self.response_only, self.n_too_long = response_only, 0
         self.texts: list[np.ndarray] = []
         prompt_lengths = []
-        for number, entry in enumerate(entries, start=1):
+        for number, entry in enumerate(entries, first):
             entry = _checked(entry, f"entry {number}")
             ids, n_prompt = template.encode(tokenizer, *(entry[key] for key in ASKED))
             if len(ids) > max_length:
