@@ -573,6 +573,8 @@ def test_a_merged_tied_head_is_saved_untied(tmp_path):
     loaded = GPT.from_pretrained(tmp_path).eval()
     assert not loaded.cfg.tie_weights
     np.testing.assert_allclose(logits(loaded), apart, atol=1e-5)
+    model.resize_token_embeddings(14)
+    np.testing.assert_allclose(logits(model)[..., :11], apart, atol=1e-5)
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -586,12 +588,14 @@ BAD = [
     (dict(dropout=2), "dropout is a number between 0 and 1"),
     (dict(targets="("), "'\\(' in targets is no regular expression"),
     (dict(targets=[3]), "3 in targets is no regular expression"),
+    (dict(targets=None), "targets is a str or a list of them, not None"),
+    (dict(targets=iter(["qkv"])), "targets is a str or a list of them"),  # is empty the second time
 ]
 
 
 @pytest.mark.parametrize("changes, words", BAD)
 def test_bad_settings(changes, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         LoRAConfig(**{"rank": 2, "alpha": 2, **changes})
 
 
