@@ -311,8 +311,11 @@ def test_masks_come_from_the_models_own_stream():
         own.manual_seed(4)
         before = random.default_generator.get_state()
         loss = model.loss(IDS, TARGETS)
+        drawn = own.get_state()
         loss.backward()
         assert random.default_generator.get_state() == before
+        own.manual_seed(4)
+        assert own.get_state() != drawn
         found.append([loss.data, *(p.grad.data for p in model.parameters() if p.requires_grad)])
     for a, b in zip(*found, strict=True):
         np.testing.assert_array_equal(a, b)
