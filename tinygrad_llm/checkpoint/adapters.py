@@ -100,7 +100,7 @@ def save_adapter(
         if not adapters:
             raise ValueError(
                 f"adapter {name!r} is the head's alone, and a classifier's head is saved whole: "
-                "give other layers adapters, too, or save the model after merge_lora and "
+                "give other layers adapters, too, or save the whole model after merge_lora and "
                 "remove_lora"
             )
     config = _config_of(model, adapters)
@@ -184,7 +184,7 @@ def _gpt_of(model):
 
 
 def _meaning(model):
-    """Of a classifier, as it is in the header: of what its logits are, and where it reads."""
+    """What a classifier's logits are of, and where it reads: for the header."""
     if not _is_classifier(model):
         return {}
     classes, position = getattr(model, "classes", ()), getattr(model, "position", None)
@@ -214,8 +214,8 @@ def _check_nothing_is_lost(model):
     more = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ids]
     if more:
         raise ValueError(
-            f"{few(more, 3)} trains too, and an adapter's files cannot hold it: requires_grad_("
-            "False) if it is as it was, or save the model after merge_lora and remove_lora"
+            f"beside the adapters there trains {few(more, 3)}, which their files cannot hold: "
+            "freeze it if it is as it was, or save the whole model after merge_lora and remove_lora"
         )
 
 
@@ -325,7 +325,8 @@ def _stored_head(model, config, stored):
     """A classifier's head, taken out of what is stored; None if there is none."""
     if not _is_classifier(model):
         return None
-    head, key = stored.pop(PREFIX + SCORE, None), few([PREFIX + SCORE])
+    key = PREFIX + SCORE
+    head = stored.pop(key, None)
     if head is None:
         if config.get("modules_to_save"):
             raise ValueError(f"{key} is not there, the classifier's head: the file is incomplete")
