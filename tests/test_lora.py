@@ -300,13 +300,15 @@ def test_dropout_is_on_the_adapters_input_alone():
         np.testing.assert_array_equal(model(x).data, whole)
 
 
-def test_masks_come_from_the_models_own_stream():
+@pytest.mark.parametrize("split_qkv", [False, True])
+def test_masks_come_from_the_models_own_stream(split_qkv):
     """So that a saved state repeats them, and recomputation draws them again."""
     found = []
     for recompute in (False, True):
         own = Generator(9)
         model = GPT(make_gpt().cfg, own)
-        nn.apply_lora(model, LoRAConfig(2, 2, dropout=0.5), generator=Generator(1))
+        config = LoRAConfig(2, 2, dropout=0.5, split_qkv=split_qkv)
+        nn.apply_lora(model, config, generator=Generator(1))
         disturb(model).recompute = recompute
         own.manual_seed(4)
         before = random.default_generator.get_state()
@@ -475,6 +477,16 @@ def test_adapters_take_turns():
     assert not nn.lora_layers(model) and type(model.blocks[0].ff.up) is nn.Linear
     np.testing.assert_array_equal(logits(model), found[None])
     assert set(model.state_dict()) == set(make_gpt().state_dict())
+
+
+def test_states_and_copies_have_the_adapters():
+    model, other = disturb_gpt(), make_gpt(seed=3)
+    nn.apply_lora(other, LoRAConfig(2, 4))
+    other.load_state_dict(arrays(model))
+    twin, expected = copy.deepcopy(model), logits(model)
+    disturb(model, seed=6)
+    for each in (other, twin):
+        np.testing.assert_array_equal(logits(each), expected)
 
 
 # --- merging --------------------------------------------------------------------------------------
