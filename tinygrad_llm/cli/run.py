@@ -21,6 +21,7 @@ from ..checkpoint import (
     save_checkpoint,
     step_of,
 )
+from ..data.files import lock
 from ..tokenizer import Tokenizer
 from ..train import Training, versions
 from .log import EVENTS, Log, free_name
@@ -93,11 +94,11 @@ def new_directory(kind: type[Run], out: Path | None) -> Iterator[tuple[Path, Bin
     """
     existing = _nearest_existing(out / CHECKPOINTS if out else Path("runs"))
     directory = _made_directory(out)
-    lock = _locked(directory)
+    held = _locked(directory)
     check_free(kind, directory)  # another process may have had it in the meantime
     try:
         (directory / INCOMPLETE).touch()
-        yield directory, lock
+        yield directory, held
         (directory / INCOMPLETE).unlink()
     except BaseException:  # a full disk, Ctrl-C: half a run would stand in the way of the next
         _remove_results(kind, directory)
@@ -147,29 +148,15 @@ def _made_directory(out: Path | None) -> Path:
 
 
 def _locked(directory: Path) -> BinaryIO:
-    """A file that this process alone has as long as it is open. The system closes it after a kill.
-
-    Raises ValueError if another process has it. A file system without locks gives it to everyone.
-    """
+    """A lock on the directory that this process alone has. Raises ValueError if another has it."""
     path = directory / CHECKPOINTS / LOCK
     path.parent.mkdir(exist_ok=True)
-    file = open(path, "ab")  # noqa: SIM115  open as long as the run
     try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+        return lock(path)
+    except BlockingIOError:
         raise ValueError(
             f"another process trains in {directory}: wait for its end, or stop it first"
         ) from None
-    except OSError:  # no locks here
-        pass
-    return file
 
 
 def _remove_results(kind: type[Run], directory: Path) -> None:
@@ -231,7 +218,7 @@ def open_saved(
     `given` are the options on the command line: those that shape the run must be as they were.
     """
     _checkpoint(out, name)  # a directory without any is left as it is
-    lock = _locked(out)
+    held = _locked(out)
     path = _checkpoint(out, name)  # of a process that has ended since, perhaps
     state = _whole_state(path)
     if not {"options", "trainer"} <= state.keys():
@@ -244,7 +231,7 @@ def open_saved(
     _check_same_options(out, {name: options[name] for name in same}, saved)
     if "keep" in given:
         saved["keep"] = options["keep"]
-    return Saved(path, lock, state["trainer"], saved)
+    return Saved(path, held, state["trainer"], saved)
 
 
 def _checkpoint(out: Path | None, name: str | None) -> Path:

@@ -33,7 +33,7 @@ from ..data.windows import at_least_one
 from ..device import of
 from ..generate import evaluating
 from ..gpt import GPT, GPTConfig
-from ..nn import Linear, Module, no_init
+from ..nn import Dropout, Linear, Module, lora_layers, no_init
 from ..random import Generator
 from ..tensor import Tensor, raw
 from ..tokenizer import END_OF_TEXT, Tokenizer
@@ -174,8 +174,9 @@ class GPTClassifier(Module):
         return self
 
     def draws_masks(self) -> bool:
-        """Whether dropout, in training, draws from a random stream."""
-        return self.body.draws_masks()
+        """Whether dropout, in training, draws from a random stream: that of an adapter, too."""
+        rates = [module.p for module in self.modules() if isinstance(module, Dropout)]
+        return any(rates) or self.body.draws_masks()
 
     def num_parameters(self) -> int:
         """How many numbers the body and the head have, trained or not."""
@@ -247,6 +248,11 @@ class GPTClassifier(Module):
                 "max_length": self.max_length,
             },
         }
+        if lora_layers(self):
+            raise ValueError(
+                "the classifier has LoRA adapters, which its own files cannot hold: save_adapter "
+                "them, or merge_lora and remove_lora before it is saved"
+            )
         tensors = to_hugging_face(self.body)
         head = self.head.state_dict()
         tensors[SCORE] = head["weight"]
@@ -267,8 +273,8 @@ class GPTClassifier(Module):
         dtype, checkpoint = parameter_dtype(dtype), open_checkpoint(name_or_dir)
         if checkpoint.classes is None:
             raise ValueError(
-                f"{checkpoint.directory} holds a language model, and no classifier: fine-tune it, "
-                "GPTClassifier(GPT.from_pretrained(...), classes)"
+                f"{checkpoint.directory} holds a language model, and no classifier: fine-tune it "
+                "first (`tinygrad-llm finetune classify`, or GPTClassifier in Python)"
             )
         ours = checkpoint.config.get(OUR_KEY, {})
         try:

@@ -28,6 +28,7 @@ from ...finetune import (
     write_entries,
 )
 from ...finetune.training import ClassifierTrainer
+from ...nn import lora_layers
 from ...parallel import default_threads
 from ...tokenizer import Tokenizer, load
 from ..device import DeviceName, Dtype, DtypeName, Kernels
@@ -192,7 +193,8 @@ class Classification(Tuning):
         with atomic_write(self.directory / SCORES) as file:
             file.write((json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode())
         plot_confusion(self.directory / CONFUSION, scores)
-        screen.say(_shown(scores, words, len(test)))
+        learned = set(train.texts)
+        screen.say(_shown(scores, words, len(test), sum(text in learned for text in test.texts)))
         screen.say(f"model and tokenizer: {self.directory}")
         screen.say(
             f"scores and confusion matrix: {SCORES}, {CONFUSION}; its parts: {', '.join(PARTS)}"
@@ -231,6 +233,10 @@ def _new(
         max_length=train.max_length,
     ).train_only(options["layers"])
     tuning.add_adapters(model, options)
+    if set(lora_layers(model)) == {"head"}:
+        raise ValueError(
+            "--lora-target head: the head trains as a whole; name layers of the blocks"
+        )
     model.head.requires_grad_()
     settings = tuning.settings_for(options, gpt.cfg, len(train), train.max_length, epochs, patience)
     memory = _memory(model, options, where)
@@ -283,9 +289,17 @@ def _parts(options: dict[str, Any], screen: Screen) -> tuple[Table, Table, Table
     table = read_table(options["data"], *columns, header, quotes=quotes, encoding=encoding)
     counts = ", ".join(f"{name} {n:,}" for name, n in table.counts().items())
     screen.say(f"{len(table):,} texts: {counts}")
+    everything = table
     if options["balance"]:
         table = undersample(table)
-    parts = split(table)
+    try:
+        parts = split(table)
+    except ValueError:
+        fewest = min(everything.counts(), key=everything.counts().get)
+        raise ValueError(
+            f"{options['data']}: {len(table):,} rows, taken from {len(everything):,}, are too few "
+            f"to train, validate and test with: give more of class {fewest!r}, or --no-balance"
+        ) from None
     for name, count in parts[0].counts().items():
         if not count:
             raise ValueError(
@@ -344,7 +358,7 @@ def _as_json(scores: Scores) -> dict[str, Any]:
     }
 
 
-def _shown(scores: Scores, words: Scores, texts: int) -> str:
+def _shown(scores: Scores, words: Scores, texts: int, known: int) -> str:
     """Tables for the screen: measures of each class, and who was taken for whom."""
     measures = [("", "precision", "recall", "F1", "texts")]
     for name, *shares, support in scores.report():
@@ -352,8 +366,9 @@ def _shown(scores: Scores, words: Scores, texts: int) -> str:
     confusion = [("true \\ predicted", *scores.classes)]
     for name, row in zip(scores.classes, scores.confusion.tolist()):
         confusion.append((name, *(f"{n:,}" for n in row)))
+    also = f" ({known:,} of them are also among those to train with)" if known else ""
     return (
-        f"\non {texts:,} texts that it has not seen:\n\n{aligned(measures)}\n\n"
+        f"\non the {texts:,} texts to test with{also}:\n\n{aligned(measures)}\n\n"
         f"{aligned(confusion)}\n\n"
         f"accuracy {scores.accuracy:.2%}; logistic regression on words: {words.accuracy:.2%}\n"
     )

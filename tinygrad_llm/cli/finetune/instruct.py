@@ -76,7 +76,7 @@ from .tuning import (
 PARTS = ("train.json", "test.json", "validation.json")  # so that --resume needs no other file
 RESPONSES = "responses.json"
 SAMPLE_TOKENS = 60
-SHAPE = [*tuning.SHAPE, "template", "response_only", "packing", "too_long"]
+SHAPE = [*tuning.SHAPE, "template", "response_only", "packing", "too_long", "max_new_tokens"]
 Rows = Instructions | Packed
 Template = StrEnum("Template", list(TEMPLATES))
 TooLong = StrEnum("TooLong", ["truncate", "drop", "refuse"])
@@ -146,8 +146,8 @@ def instruct(
         if going_on:
             more = epochs if "epochs" in given else None
             saved = open_saved(Instruction, out, resume_from, options, given)
-            return _resumed(saved, more, patience, max_new_tokens, tensorboard, where, screen)
-        return _new(out, options, epochs, patience, max_new_tokens, tensorboard, where, screen)
+            return _resumed(saved, more, patience, tensorboard, where, screen)
+        return _new(out, options, epochs, patience, tensorboard, where, screen)
 
     return launch(opened, going_on, tensorboard, device, kernels, screen)
 
@@ -164,7 +164,6 @@ class Instruction(Tuning):
     test: Sequence[Entry]
     test_rows: Rows  # the same, to compute a loss of
     example: Entry  # the samples are responses to it
-    max_new_tokens: int  # of a response
 
     def save_model(self) -> None:
         best = self.trainer.best_model()
@@ -191,7 +190,7 @@ class Instruction(Tuning):
         model = tuning.whole(self.trainer.best_model())
         loss = held_out_loss(model, self.test_rows, self.options["batch_size"])
         screen.say(f"loss on {len(self.test):,} entries that it has not seen: {loss:.3f}")
-        if self.max_new_tokens:
+        if self.options["max_new_tokens"]:
             self._respond(model, screen)
         screen.say(f"model, tokenizer and prompt template: {self.directory}")
         screen.say(f"\ntry next: {self.command_line('chat', '--model', str(self.directory))}")
@@ -204,10 +203,10 @@ class Instruction(Tuning):
             screen.say(f"{unfit:,} of them fill the context of {longest:,} tokens: no responses")
         if not fit:
             return
-        path = self.directory / RESPONSES
+        path, most = self.directory / RESPONSES, self.options["max_new_tokens"]
         with screen.progress("responses") as show:
             entries = generate_responses(
-                model, self.tokenizer, fit, self.template, path, self.max_new_tokens, progress=show
+                model, self.tokenizer, fit, self.template, path, most, progress=show
             )
         found = matches((entry["output"], entry[RESPONSE]) for entry in entries)
         rows = [(name.replace("_", " "), f"{match.mean:.2%}") for name, match in found.items()]
@@ -224,7 +223,6 @@ def _new(
     options: dict[str, Any],
     epochs: int,
     patience: int | None,
-    max_new_tokens: int,
     tensorboard: bool,
     where: Device,
     screen: Screen,
@@ -253,7 +251,7 @@ def _new(
         for name, entries in zip(PARTS, parts):
             write_entries(directory / name, entries)
         log = Log(directory, -1, tensorboard)
-        asking = template, parts[1], test, parts[2][0], max_new_tokens
+        asking = template, parts[1], test, parts[2][0]
         run = Instruction(directory, lock, log, trainer, tokenizer, options, memory, *asking)
         run.save()
     sizes = "{:,} to train, {:,} to test and {:,} to validate with".format(*map(len, parts))
@@ -270,7 +268,6 @@ def _resumed(
     saved: Saved,
     epochs: int | None,
     patience: int | None,
-    max_new_tokens: int,
     tensorboard: bool,
     where: Device,
     screen: Screen,
@@ -289,7 +286,7 @@ def _resumed(
     if path.exists() and not trainer.finished:  # they are of the model before
         aside = path.rename(free_name(path.with_name(f"{RESPONSES}.aside")))
         screen.say(f"set aside, until you delete it: {aside}")
-    asking = template, parts[1], test, parts[2][0], max_new_tokens
+    asking = template, parts[1], test, parts[2][0]
     run = Instruction(directory, saved.lock, log, trainer, tokenizer, options, memory, *asking)
     run.save_model()  # that of a later checkpoint may be there, or none
     return run
