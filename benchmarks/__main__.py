@@ -1,7 +1,7 @@
 """The command line, from the repository's root:
 
-    python -m benchmarks ops | train | lora | generate | shakespeare | verdict | tokenizer | load |
-                         gradcheck | kernels
+    python -m benchmarks ops | train | lora | generate | shakespeare | spam | verdict | tokenizer |
+                         load | gradcheck | kernels
 
 Each command sets the number of threads first and imports the rest afterwards: see machine.py.
 """
@@ -285,6 +285,44 @@ def shakespeare(
     note = f"Worst validation loss: {worst:.4f}; the target is {job.TARGET}, nanoGPT reports 1.88."
     settings = {"steps": steps, "seeds": seeds, "eval_batches": eval_batches}
     result = Result("shakespeare", settings, {"runs": runs}, [job.table(runs, steps)], [note])
+    finish(result, description, save, results)
+
+
+@app.command()
+def spam(
+    steps: Annotated[int, typer.Option(min=1, help="Of pretraining.")] = 800,
+    epochs: Annotated[int, typer.Option(min=1, help="Of fine-tuning.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each kind, seeds 0, 1, ...")] = 3,
+    threads: Threads = 2,
+    save: Save = False,
+    results: Results = RESULTS,
+):
+    """A small GPT learns what spam is: accuracy, time and memory, with LoRA and without."""
+    description = prepare(threads, False, save, results)
+    from . import spam as job
+
+    try:
+        data = job.read(os.environ.get("TINYGRAD_LLM_DATA"))
+    except FileNotFoundError as error:
+        fail(str(error))
+    with tempfile.TemporaryDirectory() as folder:
+        say("pretraining")
+        seconds, runs = job.pretrain(Path(folder), ["--steps", str(steps)], threads), []
+        for seed in range(seeds):
+            for kind in job.KINDS:
+                say(f"{kind}, seed {seed}")
+                runs.append(job.tune(Path(folder), kind, data, epochs, seed, threads))
+    worst = min(run["accuracy"] for run in runs if run["kind"] == "all weights")
+    trains = [f"{run['kind']}: {run['trains']}." for run in runs[: len(job.KINDS)]]
+    notes = [
+        f"Worst accuracy with all weights: {worst:.2%}; the target is {job.TARGET:.0%}.",
+        "New texts: those of the test that are not also in the training part. In all: the whole "
+        "command, with Python's start, saving and testing. Medians over the seeds.",
+        *trains,
+    ]
+    settings = {"steps": steps, "epochs": epochs, "seeds": seeds}
+    data = {"pretraining_seconds": seconds, "runs": runs}
+    result = Result("spam", settings, data, [job.table(runs, seconds, epochs)], notes)
     finish(result, description, save, results)
 
 

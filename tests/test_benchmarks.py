@@ -142,6 +142,21 @@ def test_shakespeare(tmp_path):
     assert one["step_seconds"]["median"] > 0
 
 
+def test_spam(tmp_path):
+    rows = [f"ham\tsee you at {n}\nspam\twin {n} pounds now\n" for n in range(12)]
+    (tmp_path / "sms-spam-collection.tsv").write_text("".join(rows), encoding="utf-8")
+    small = ["--steps", "1", "--epochs", "1", "--seeds", "1", "--threads", "1"]
+    done = run(
+        "spam", *small, "--save", "--results", str(tmp_path), TINYGRAD_LLM_DATA=str(tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    runs = saved(tmp_path, "spam")["runs"]
+    assert [run["kind"] for run in runs] == ["all weights", "LoRA", "last block"]
+    assert all(0 <= run["accuracy"] <= 1 and run["step_seconds"] > 0 for run in runs)
+    done = run("spam", TINYGRAD_LLM_DATA="")
+    assert done.returncode == 2 and "sms-spam-collection.tsv" in done.stderr
+
+
 def test_shakespeare_without_its_text(tmp_path):
     done = run("shakespeare", TINYGRAD_LLM_DATA="")
     assert done.returncode == 2

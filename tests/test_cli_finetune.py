@@ -91,7 +91,11 @@ def test_a_classifier_from_the_command_line(classifier, call):
     assert confusion.sum() == 12 and found["accuracy"] == np.trace(confusion) / 12 > 0.8
     assert [row["texts"] for row in found["classes"].values()] == confusion.sum(axis=1).tolist()
     assert f"accuracy {found['accuracy']:.2%}" in said
-    assert f"regression on words: {found['words']['accuracy']:.2%}" in said
+    assert f"regression on words {found['words']:.2%}" in said
+    lines = [(directory / f"{name}.jsonl").read_text().splitlines() for name in ("train", "test")]
+    new = [line for line in lines[1] if line not in lines[0]]
+    assert 0 < len(new) == found["new"]["texts"] < 12
+    assert f"on the {len(new)} that are not also to train with: accuracy" in said
     assert (directory / "confusion.png").read_bytes().startswith(b"\x89PNG")
     assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
 
