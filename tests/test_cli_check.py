@@ -90,7 +90,10 @@ def expected_rows(names):
 
 @pytest.fixture(scope="module")
 def everything():
-    return run("check")
+    """With an example for each law: tests/test_laws.py tries all the trials with as many as the
+    command has unless told.
+    """
+    return run("check", "--examples", 1)
 
 
 def test_every_op_and_kernel_obeys_every_law(everything):
