@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from test_cli import call
 
 from tinygrad_llm.checkpoint import load_model, load_tokenizer, save_model
 from tinygrad_llm.cli.chat import Conversation, PlainTemplate, _answer
@@ -125,7 +126,7 @@ def test_the_same_seed_gives_the_same_chat(directory):
     ],
 )
 def test_what_is_wrong_ends_it_before_it_begins(directory, options, part):
-    done = run(directory, ["hello"], *options)
+    done = call("chat", "--model", directory, *options)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("tinygrad-llm: ") and done.stderr.count("\n") == 1
     assert part in done.stderr
@@ -312,7 +313,8 @@ def test_a_template_that_is_none_of_ours_can_be_replaced(foreign):
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_template(foreign, options, parts):
-    done = run(foreign, ["hello"], "--max-tokens", 12, *map(os.fsdecode, options))
+    options = map(os.fsdecode, options)
+    done = call("chat", "--model", foreign, "--max-tokens", 12, *options)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("tinygrad-llm: ") and done.stderr.count("\n") == 1
     for part in parts:

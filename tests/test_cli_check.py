@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from test_cli import ENVIRONMENT, assert_refused, on_a_terminal, run, start, wait_for
+from test_cli import ENVIRONMENT, assert_refused, call, on_a_terminal, run, start, wait_for
 
 from tinygrad_llm import cli
 from tinygrad_llm.check import LAWS, laws, mutants
@@ -316,7 +316,7 @@ def test_checking_refuses(folder, arguments, parts):
     (folder / "raises.py").write_text("def f():\n    # never\n    return 1 / 0\n\nf()")
     (folder / "exits.py").write_text("import sys\nsys.exit(3)")
     (folder / "taken.py").write_text(RIGHT.replace("class softplus", "class softmax"))
-    done = run("check", *shlex.split(arguments), cwd=folder)
+    done = call("check", *shlex.split(arguments), cwd=folder)
     assert_refused(done, *parts)
     assert done.stdout == ""
 
@@ -336,7 +336,7 @@ class looked_up:
     def vjp(xp, g, y, t, v):
         return None, None
 ''')
-    assert_refused(run("check", "ids.py", "--mutants", cwd=folder), "no bugs", "looked_up")
+    assert_refused(call("check", "ids.py", "--mutants", cwd=folder), "no bugs", "looked_up")
 
 
 def test_help_explains_every_option():
