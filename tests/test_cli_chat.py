@@ -312,9 +312,10 @@ def test_a_template_that_is_none_of_ours_can_be_replaced(foreign):
         (["--template", "phi3", "--system", b"Gr\xf6\xdfe"], ["--system is not UTF-8"]),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_template(foreign, options, parts):
-    options = map(os.fsdecode, options)
-    done = call("chat", "--model", foreign, "--max-tokens", 12, *options)
+def test_what_is_wrong_with_a_template(directory, foreign, options, parts):
+    """One line: no warning comes before it."""
+    command = ["chat", "--model", directory if options else foreign, "--max-tokens", 12]
+    done = call(*command, *map(os.fsdecode, options))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("tinygrad-llm: ") and done.stderr.count("\n") == 1
     for part in parts:

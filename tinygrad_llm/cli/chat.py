@@ -48,7 +48,7 @@ def chat(
     ] = None,
     system: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help="Stands before all else, in place of the template's."),
+        typer.Option(metavar="TEXT", help="The system prompt, in place of the template's."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a reply.")] = 200,
     temperature: Temperature = None,
@@ -72,10 +72,12 @@ def chat(
             repetition_penalty=repetition_penalty,
         )  # fmt: skip
         stream(gpt, [0], 0, **options)  # refuses what is out of range
-        style = _chosen(template, model)
+        style, warning = _chosen(template, model)
         if system is not None:
             system = utf8(system, "--system")
         conversation = Conversation(gpt, tokenizer, style, max_tokens, options, system)
+    if warning:
+        _say(warning)
     sys.stdin.reconfigure(errors="surrogateescape")  # what is wrong in a line is said of that line
     terminal = sys.stdin.isatty()
     if terminal:
@@ -135,11 +137,11 @@ class PlainTemplate:
 
 
 Template = PlainTemplate | ChatTemplate
-_TEMPLATES = {template.name: template for template in (PlainTemplate(), *TEMPLATES.values())}
+_BY_NAME = {template.name: template for template in (PlainTemplate(), *TEMPLATES.values())}
 
 
-def _chosen(name: str | None, model: Path) -> Template:
-    """The template of this name or, without one, the model's own. A warning if they differ.
+def _chosen(name: str | None, model: Path) -> tuple[Template, str | None]:
+    """The template of this name or, without one, the model's own; a warning if they differ.
 
     Raises ValueError if the model's own is needed and is none of ours.
     """
@@ -148,12 +150,10 @@ def _chosen(name: str | None, model: Path) -> Template:
     except ValueError as error:
         if name is None:
             raise ValueError(f"{error} (--template NAME)") from error
-        return _TEMPLATES[name]  # as that error advises: nothing to compare it with
-    own = saved or _TEMPLATES["plain"]
-    asked = own if name is None else _TEMPLATES[name]
-    if asked is not own:
-        _say(template_mismatch(asked, saved))
-    return asked
+        return _BY_NAME[name], None  # as that error advises: nothing to compare it with
+    own = saved or _BY_NAME["plain"]
+    asked = own if name is None else _BY_NAME[name]
+    return asked, None if asked is own else template_mismatch(asked, saved)
 
 
 class Conversation:
