@@ -106,7 +106,7 @@ def measure_setting(name: str, rank: int, method: Method, threads: int) -> tuple
 def _peak(name, kind, rank, threads):
     """Bytes that a process of its own has more at its peak than before it made the model."""
     command = [sys.executable, "-c", MEMORY, name, kind, str(rank), str(threads)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 NOTE = (

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from test_checkpoint import make_model
-from test_lora import TARGETS, arrays, disturb, logits
+from test_finetune_classification import make_classifier
+from test_lora import TARGETS, arrays, disturb, logits, normal
 
 from tinygrad_llm import nn, no_grad
 from tinygrad_llm.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter, save_adapter
+from tinygrad_llm.finetune import GPTClassifier
 from tinygrad_llm.nn import LoRAConfig
 from tinygrad_llm.optim import AdamW, decay_groups
 from tinygrad_llm.random import Generator
@@ -23,7 +25,7 @@ CONFIGS = {
     "all": LoRAConfig(4, 2, dropout=0.1, targets=".*", rslora=True),
     "split": LoRAConfig(3, 8, split_qkv=True),
     "split alone": LoRAConfig(
-        np.int64(2), np.float32(5), targets="blocks.1.att.qkv", split_qkv=True, rslora=True
+        np.int64(2), np.float32(5), targets=["1.att.qkv"], split_qkv=True, rslora=True
     ),
 }
 
@@ -46,7 +48,9 @@ def theirs_of(tmp_path):
 
     def make(model):
         model.save_pretrained(tmp_path / "base")
-        return transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "base").eval()
+        classifies = isinstance(model, GPTClassifier)
+        name = "GPT2ForSequenceClassification" if classifies else "GPT2LMHeadModel"
+        return getattr(transformers, name).from_pretrained(tmp_path / "base").eval()
 
     return make
 
@@ -66,7 +70,7 @@ def torch_logits(model):
 @pytest.mark.filterwarnings("ignore")
 def test_peft_opens_ours(tmp_path, theirs_of, peft, name, tie_weights):
     config = CONFIGS[name]
-    if name == "all" and tie_weights:
+    if name == "all" and tie_weights:  # PEFT would merge the head's update into the table, too
         config = LoRAConfig(4, 2, targets=r"blocks\..*", rslora=True)
     model = adapted(config, tie_weights=tie_weights)
     save_adapter(model, tmp_path / "adapter")
@@ -148,6 +152,138 @@ def test_names_of_a_model_without_a_head(tmp_path):
     again = make_model()
     load_adapter(again, tmp_path)
     np.testing.assert_array_equal(logits(again), logits(model))
+
+
+# --- classifiers ----------------------------------------------------------------------------------
+
+
+def classifier(config=None, head=1, **options):
+    """The same weights each time; with a config, adapters and another head, as after training."""
+    model = make_classifier(**{"bias": False, "pad_id": 0, **options})
+    if config is not None:
+        nn.apply_lora(model, config, generator=Generator(1))
+        disturb(model.eval()).head.requires_grad_()
+        model.head.weight.data[...] = normal(*model.head.weight.shape, seed=head)
+    return model
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.filterwarnings("ignore")
+def test_peft_opens_a_classifiers(tmp_path, theirs_of, peft, name):
+    """Its head, too; where that is a target ("all"), with the update in it."""
+    model = classifier(CONFIGS[name])
+    save_adapter(model, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / ADAPTER_CONFIG).read_text())
+    assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["score"])
+    theirs = peft.PeftModel.from_pretrained(theirs_of(classifier()), tmp_path / "adapter").eval()
+    assert type(theirs) is peft.PeftModelForSequenceClassification
+    np.testing.assert_allclose(torch_logits(theirs), logits(model), atol=1e-5)
+    again = classifier()
+    counts = load_adapter(again, tmp_path / "adapter")
+    np.testing.assert_allclose(logits(again), logits(model), atol=1e-6)
+    trained = {n for n, p in again.named_parameters() if p.requires_grad}
+    assert trained == {n for n in again.state_dict() if "lora" in n} | {"head.weight"}
+    assert counts == nn.trainable(again)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"task_type": "SEQ_CLS", "target_modules": ["c_attn"]},
+        {"task_type": "SEQ_CLS", "target_modules": ["c_fc", "score"], "use_rslora": True},
+        {"target_modules": ["c_proj"], "modules_to_save": ["score"]},
+        {"target_modules": ["c_proj", "score"]},  # an adapter of the head
+    ],
+    ids=["usual", "head as target", "no task", "adapted head"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_we_open_pefts_classifiers(tmp_path, theirs_of, peft, settings):
+    torch = pytest.importorskip("torch")
+    theirs = peft.get_peft_model(theirs_of(classifier()), peft.LoraConfig(r=2, **settings))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.3)
+    theirs.eval().save_pretrained(tmp_path / "adapter")
+    model = classifier()
+    counts = load_adapter(model, tmp_path / "adapter", "theirs")
+    np.testing.assert_allclose(logits(model), torch_logits(theirs), atol=1e-5)
+    assert counts[0] == theirs.get_nb_trainable_parameters()[0]
+    save_adapter(model, tmp_path / "again", "theirs")
+    again = classifier()
+    load_adapter(again, tmp_path / "again")
+    np.testing.assert_allclose(logits(again), logits(model), atol=1e-6)
+
+
+def test_a_classifiers_head_is_that_of_the_adapter(tmp_path):
+    """Whichever other one is active or merged."""
+    model = classifier(CONFIGS["all"], position="mean")
+    nn.apply_lora(model, LoRAConfig(1, 1, targets=".*"), "other")
+    disturb(model)
+    for layer in nn.lora_layers(model).values():
+        layer.adapters.other.lora_B.data[...] += 1
+    nn.set_adapter(model, "default")
+    expected = logits(model)
+    nn.set_adapter(model, "other")
+    nn.merge_lora(model)
+    assert np.abs(logits(model) - expected).max() > 0.1
+    save_adapter(model, tmp_path)
+    again = classifier(position="mean")
+    load_adapter(again, tmp_path)
+    np.testing.assert_allclose(logits(again), expected, atol=1e-5)
+
+
+def test_a_language_models_adapter_in_a_classifier(tmp_path):
+    """The head is left alone, and frozen as the rest."""
+    save_adapter(adapted(CONFIGS["blocks"]), tmp_path)
+    model = classifier()
+    head = model.head.weight.data.copy()
+    load_adapter(model, tmp_path)
+    np.testing.assert_array_equal(model.head.weight.data, head)
+    assert not model.head.weight.requires_grad
+
+
+def test_classifiers_that_cannot_be_saved(tmp_path):
+    for model, words in [
+        (classifier(LoRAConfig(2, 4), bias=True), "head has a bias, .* with bias=False$"),
+        (classifier(LoRAConfig(2, 4, targets="head")), "'default' is the head's alone"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            save_adapter(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_what_trains_beside_an_adapter_is_not_lost(tmp_path):
+    """An adapter's files cannot hold it, and saving them must not look as if they did."""
+    model = adapted(LoRAConfig(2, 4))
+    nn.apply_lora(model, LoRAConfig(1, 1), "other")
+    save_adapter(model, tmp_path / "default")  # beside an adapter that trains
+    model.final_norm.requires_grad_()
+    with pytest.raises(ValueError, match=r"trains final_norm\.weight, final_norm\.bias, which"):
+        save_adapter(model, tmp_path / "a", "other")
+    assert not (tmp_path / "a").exists()
+
+
+def test_classifiers_that_do_not_fit(tmp_path):
+    save_adapter(classifier(LoRAConfig(2, 4)), tmp_path)
+    for model, words in [
+        (make_model(), "modules_to_save ['score'] (whole layers beside the adapters)"),
+        (classifier(bias=True), "head has a bias"),
+        (classifier(n=2), "score.weight is 'F32' of shape (3, 12), and this classifier's head"),
+        (classifier(position="mean"), "classifier with position 'last', not 'mean'"),
+    ]:
+        assert words in refused(tmp_path, model=model)
+    other = classifier()
+    other.classes = other.classes[::-1]
+    assert "with classes ['no', 'maybe', 'yes'], not ['yes'" in refused(tmp_path, model=other)
+    save_adapter(adapted(LoRAConfig(1, 1, targets=["up"])), tmp_path / "up")
+    adapted_one = classifier()
+    load_adapter(adapted_one, tmp_path / "up", "up")
+    with pytest.raises(ValueError, match=r"its adapter 'up' needs: remove_lora first"):
+        load_adapter(adapted_one, tmp_path)
+    change(tmp_path, lambda t: t.pop("base_model.model.score.weight"))
+    assert "the classifier's head: the file is incomplete" in refused(tmp_path, model=classifier())
 
 
 # --- our own round trip ---------------------------------------------------------------------------
@@ -271,6 +407,7 @@ def refused(directory, error=ValueError, model=None, **keywords):
         ({"r": 5}, "rank 9 and a B of rank 9; adapter_config.json says 5"),
         ({"r": None, "rank_pattern": None}, "adapter_config.json says None"),
         ({"lora_alpha": "x", "alpha_pattern": {}}, "lora_alpha 'x': expected a number"),
+        ({"lora_alpha": 10**400, "alpha_pattern": {}}, "expected a number"),
         ({"lora_dropout": 2}, "lora_dropout 2: expected a number"),
         ({"rank_pattern": [1]}, "rank_pattern [1]: expected an object"),
         ({"rank_pattern": {"(": 1}}, "rank_pattern has '(', no pattern"),

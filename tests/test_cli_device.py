@@ -35,7 +35,7 @@ def call(tmp_path, monkeypatch, capsys):
     """The command in this process: call(line) -> (exit code, stdout, stderr)."""
     (tmp_path / "text").write_text(TEXT)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys.modules["tinygrad_llm.cli.train"], "SAMPLE_TOKENS", 0)
+    monkeypatch.setattr(sys.modules["tinygrad_llm.cli.pretraining"], "SAMPLE_TOKENS", 0)
 
     def run(line):
         monkeypatch.setattr(sys, "argv", ["tinygrad-llm", *shlex.split(line)])

@@ -17,6 +17,7 @@ TOKENIZER = BPETokenizer.train("to be or not to be", 260)
 @pytest.fixture
 def source(tmp_path):
     make_model(vocab_size=260, qkv_bias=False).save_pretrained(tmp_path / "source", TOKENIZER)
+    (tmp_path / "source" / "chat_template.jinja").write_text("{{ messages }}")
     return tmp_path / "source"
 
 
@@ -40,6 +41,7 @@ def test_another_dtype_and_shards(tmp_path, source, dtype):
         np.testing.assert_allclose(b.data, a.data, rtol=largest, atol=1e-7)
     assert load_tokenizer(whole, model).encode("to be") == TOKENIZER.encode("to be")
     names = {"vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"}
+    names |= {"chat_template.jinja"}
     assert names <= files_of(half).keys()
     assert all(files_of(half)[name] == before[name] for name in names)
 

@@ -5,6 +5,7 @@ import copy
 import csv
 import json
 import os
+import time
 from pathlib import Path
 
 import gpu_harness
@@ -168,6 +169,34 @@ def test_words_alone_reach_what_the_book_does(spam):
     assert words.evaluate(train).accuracy > 0.99
 
 
+@pytest.mark.parametrize("most", [4096, 2])
+def test_words_are_weighed_by_tf_idf_and_learned_in_parts(most, monkeypatch):
+    monkeypatch.setattr("tinygrad_llm.finetune.baseline.MOST_TEXTS", most)
+    texts = ["Win, win!", "win now", "good day", "Good bye now", "WIN a day"]
+    table = Table.of(texts, ["spam", "spam", "ham", "ham", "spam"])
+    model = WordClassifier(table)
+    assert [*model.columns] == ["win", "day", "good", "now", "!", ",", "a", "bye"]
+    columns, weights = model._weights("win, win unheard of!")  # new words have no weight
+    expected = {"win": 2 * (np.log(6 / 4) + 1), ",": np.log(6 / 2) + 1, "!": np.log(6 / 2) + 1}
+    length = np.sqrt(sum(x * x for x in expected.values()))
+    found = dict(zip([[*model.columns][i] for i in columns], weights.tolist()))
+    assert found == pytest.approx({word: x / length for word, x in expected.items()})
+    assert model.evaluate(table).confusion.tolist() == [[2, 0], [0, 3]]
+    new = Table.of(["win", "good", "bye bye", "quite new"], ["spam", "ham", "ham", "ham"])
+    assert model.evaluate(new).confusion.tolist()[1] == [0, 1]
+    with pytest.raises(ValueError, match="the words tell ham, spam apart, and the table has a, b"):
+        model.evaluate(Table.of(["x", "y"], ["a", "b"]))
+
+
+def test_a_large_table_is_read_in_seconds(tmp_path):
+    lines = [f"{'ham' if i % 3 else 'spam'}\ttext number {i}\n" for i in range(100_000)]
+    start = time.perf_counter()
+    table = read_table(write(tmp_path / "a.tsv", "".join(lines)))
+    parts = split(undersample(table))
+    assert sum(map(len, parts)) == 2 * 33334
+    assert time.perf_counter() - start < 20  # 0.5 s; what is quadratic takes minutes
+
+
 # --- rows -----------------------------------------------------------------------------------------
 
 labelled = st.lists(st.sampled_from("abc"), min_size=20, max_size=80).filter(
@@ -231,6 +260,9 @@ def test_columns_headers_and_encodings(tmp_path):
     ]:
         table = read_table(write(tmp_path / name, text), **options)
         assert table.texts == ("hello", "win", "ok", "now") and table.classes == ("ham", "spam")
+    tens = write(tmp_path / "k.csv", "10,a\n9,b\n-1,c\n9,d\n10,e\n")
+    assert read_table(tens).classes == ("-1", "9", "10")  # and not as texts
+    assert Table.of("xyz", ["10", "9", "x"]).classes == ("10", "9", "x")
     swapped = read_table(write(tmp_path / "g.csv", "a,x\nb,y\n"), 0, 1, header=False)
     assert swapped.texts == ("a", "b")
     latin = write(tmp_path / "h.csv", "a,\u00a35\nb,no\n", "latin-1")
@@ -270,7 +302,7 @@ def test_columns_headers_and_encodings(tmp_path):
         ("a.csv", "a,x\n", {"text": "x", "header": False}, "only in a header"),
         ("a.csv", "a,x\n\0,y\n", {}, r"line 2: a zero byte"),
         ("a.csv", "a,x\n", {"encoding": "klingon"}, "no encoding 'klingon'"),
-        ("a.csv", f"a,{'x' * 200_000}\n", {}, r"line 1: field larger than field limit"),
+        ("a.csv", f"a,{'x' * 200_000}\n", {}, r"line 1: a field has more than 131,072 char"),
         ("a.txt", "a,x\n", {}, r"a\.txt: expected a file \.tsv, \.csv or \.jsonl"),
         ("a.jsonl", '{"text": "x", "label": "a"}\n{', {}, r"line 2 is no valid JSON"),
         ("a.jsonl", "\n[1]\n", {}, r"line 2 is a JSON list: expected an object"),
@@ -470,7 +502,8 @@ def test_texts_in_any_order_get_their_own_probabilities():
         names = model.predict(texts, TOKENIZER)
         assert names == [model.classes[i] for i in p.argmax(axis=1)]
         assert model.probabilities([], TOKENIZER).shape == (0, 2)
-        dataset = ClassificationDataset(FEW, TOKENIZER, 35)  # of which 30 count
+        most = 30 if position == "last_padded" else 35  # of which 30 count
+        dataset = ClassificationDataset(FEW, TOKENIZER, most)
         loss, scores = evaluate(model, dataset, batch_size=2)
         q = p[: len(TEXTS)]
         np.testing.assert_allclose(loss, -np.log(q[range(5), FEW.labels]).mean(), rtol=1e-4)
@@ -534,6 +567,11 @@ def test_bad_arguments_of_a_classifier():
         model.predict("to be", TOKENIZER)
     with pytest.raises(TypeError, match="text 2: text must be str"):
         model.predict(["to be", b"or"], TOKENIZER)
+    padded = GPTClassifier(gpt, ["a", "b"], "last_padded", max_length=6)
+    for options in ({"max_length": 5}, {"max_length": 6, "trim": True}, {}):
+        dataset = ClassificationDataset(FEW, TOKENIZER, **options)
+        with pytest.raises(ValueError, match="reads at the end of rows of 6 tokens"):
+            evaluate(padded, dataset)
     with pytest.raises(ValueError, match="the model tells a, b apart, and the data has b, c"):
         evaluate(model, ClassificationDataset(Table.of(["x", "y"], ["b", "c"]), TOKENIZER))
 
@@ -712,10 +750,13 @@ def test_scores_are_those_of_scikit_learn(drawn):
 def test_a_confusion_matrix_as_a_picture(tmp_path):
     from matplotlib.image import imread
 
+    lots = Scores.of(range(300), range(300), [str(i) for i in range(300)])
     few = Scores.of([0, 0, 1, 1], [0, 1, 1, 1], ["$ham", "a name that is far too long for an axis"])
     many = Scores.of(np.arange(60) % 12, np.arange(60) % 11, [str(i) for i in range(12)])
-    for name, scores in (("few", few), ("many", many)):
+    for name, scores in (("few", few), ("many", many), ("lots", lots)):
+        start = time.perf_counter()
         plot_confusion(tmp_path / f"{name}.png", scores)
+        assert time.perf_counter() - start < 20  # 1 s; a text in each of 300² cells takes minutes
         picture = imread(tmp_path / f"{name}.png")
         assert picture.ndim == 3 and picture[..., :3].min() < 0.1 < 0.9 < picture[..., :3].max()
     nothing = Scores.of([], [], ["a", "b"])

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tinygrad_llm import functional as F  # noqa: N812
 from tinygrad_llm import nn, no_grad
 from tinygrad_llm.gpt import GPT, SIZES, GPTConfig
 from tinygrad_llm.optim import AdamW, clip_grad_norm_, warmup_cosine
@@ -330,6 +331,16 @@ def test_targets_of_minus_100_do_not_count():
     some = np.where(np.arange(targets.shape[1]) < 4, targets, -100)
     first = model.loss(ids[:, :4], targets[:, :4]).item()
     assert model.loss(ids, some).item() == pytest.approx(first, rel=1e-5)
+
+
+def test_the_loss_is_that_of_the_logits_whatever_the_head():
+    """A head that someone has put in has a bias, say."""
+    model = build()
+    model.out_head = nn.Linear(TINY.emb_dim, TINY.vocab_size, generator=Generator(1))
+    model.out_head.bias.data += np.arange(TINY.vocab_size) / 10
+    ids, targets = batch()
+    expected = F.cross_entropy(model(ids), targets).item()
+    assert model.loss(ids, targets).item() == pytest.approx(expected, rel=1e-6)
 
 
 # --- saving and loading ---------------------------------------------------------------------------

@@ -599,6 +599,7 @@ def server(tmp_path):
     files = tmp_path / "files"
     make_model().save_pretrained(files, BPETokenizer.train("a", 257), max_shard_size="5KB")
     (files / "pytorch_model.bin").write_bytes(b"never asked for")
+    (files / "chat_template.jinja").write_text("{{ messages }}")
     asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -652,7 +653,7 @@ def test_a_model_is_downloaded_once(tmp_path, server):
         assert same_weights(GPT.from_pretrained(tmp_path / "copy"), make_model())
     fetched = [path.rpartition("/")[2] for path in asked if "/resolve/" in path]
     weights = [name for name in fetched if name.endswith(".safetensors")]
-    assert len(set(weights)) == 4 and "vocab.json" in fetched
+    assert len(set(weights)) == 4 and {"vocab.json", "chat_template.jinja"} <= set(fetched)
     assert not any(name.endswith(".bin") for name in fetched)
     done = from_hub("GPT.from_pretrained('some-one/other')", HF_HOME=tmp_path, HF_ENDPOINT=address)
     assert "no model some-one/other on Hugging Face: check the name" in last_line(done)

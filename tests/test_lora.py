@@ -300,19 +300,24 @@ def test_dropout_is_on_the_adapters_input_alone():
         np.testing.assert_array_equal(model(x).data, whole)
 
 
-def test_masks_come_from_the_models_own_stream():
+@pytest.mark.parametrize("split_qkv", [False, True])
+def test_masks_come_from_the_models_own_stream(split_qkv):
     """So that a saved state repeats them, and recomputation draws them again."""
     found = []
     for recompute in (False, True):
         own = Generator(9)
         model = GPT(make_gpt().cfg, own)
-        nn.apply_lora(model, LoRAConfig(2, 2, dropout=0.5), generator=Generator(1))
+        config = LoRAConfig(2, 2, dropout=0.5, split_qkv=split_qkv)
+        nn.apply_lora(model, config, generator=Generator(1))
         disturb(model).recompute = recompute
         own.manual_seed(4)
         before = random.default_generator.get_state()
         loss = model.loss(IDS, TARGETS)
+        drawn = own.get_state()
         loss.backward()
         assert random.default_generator.get_state() == before
+        own.manual_seed(4)
+        assert own.get_state() != drawn
         found.append([loss.data, *(p.grad.data for p in model.parameters() if p.requires_grad)])
     for a, b in zip(*found, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -474,6 +479,16 @@ def test_adapters_take_turns():
     assert set(model.state_dict()) == set(make_gpt().state_dict())
 
 
+def test_states_and_copies_have_the_adapters():
+    model, other = disturb_gpt(), make_gpt(seed=3)
+    nn.apply_lora(other, LoRAConfig(2, 4))
+    other.load_state_dict(arrays(model))
+    twin, expected = copy.deepcopy(model), logits(model)
+    disturb(model, seed=6)
+    for each in (other, twin):
+        np.testing.assert_array_equal(logits(each), expected)
+
+
 # --- merging --------------------------------------------------------------------------------------
 
 
@@ -573,6 +588,8 @@ def test_a_merged_tied_head_is_saved_untied(tmp_path):
     loaded = GPT.from_pretrained(tmp_path).eval()
     assert not loaded.cfg.tie_weights
     np.testing.assert_allclose(logits(loaded), apart, atol=1e-5)
+    model.resize_token_embeddings(14)
+    np.testing.assert_allclose(logits(model)[..., :11], apart, atol=1e-5)
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -586,12 +603,14 @@ BAD = [
     (dict(dropout=2), "dropout is a number between 0 and 1"),
     (dict(targets="("), "'\\(' in targets is no regular expression"),
     (dict(targets=[3]), "3 in targets is no regular expression"),
+    (dict(targets=None), "targets is a str or a list of them, not None"),
+    (dict(targets=iter(["qkv"])), "targets is a str or a list of them"),  # is empty the second time
 ]
 
 
 @pytest.mark.parametrize("changes, words", BAD)
 def test_bad_settings(changes, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         LoRAConfig(**{"rank": 2, "alpha": 2, **changes})
 
 

@@ -26,7 +26,7 @@ from tinygrad_llm.checkpoint import (
 )
 from tinygrad_llm.cli import run as run_module
 from tinygrad_llm.cli.log import Log
-from tinygrad_llm.cli.run import new_run, resumed_run
+from tinygrad_llm.cli.pretraining import new_run, resumed_run
 from tinygrad_llm.cli.screen import Screen
 from tinygrad_llm.data import train_val_split
 from tinygrad_llm.device import CPU

@@ -35,7 +35,7 @@ def test_it_learns():
     assert [report.step for report in reports] == list(range(21))
     evaluated = [report.step for report in reports if report.val_loss is not None]
     assert evaluated == [0, 5, 10, 15, 20] == [step for step, _ in trainer.evaluations]
-    assert reports[0] == Report(0, val_loss=trainer.evaluations[0][1], best=True)
+    assert reports[0] == Report(0, val_loss=trainer.evaluations[0][1], tokens=0, best=True)
     assert [report.loss for report in reports[1:]] == trainer.losses
     assert abs(reports[0].val_loss - math.log(12)) < 0.1  # at first, all tokens are as likely
     assert reports[-1].val_loss < 0.6 * reports[0].val_loss

@@ -308,7 +308,7 @@ class GPT(Module):
         segments        as in forward
         """
         x = self.hidden_states(ids, segments)  # (B, T, C)
-        if type(self.out_head) is not Linear:
+        if type(self.out_head) is not Linear or self.out_head.bias is not None:
             return F.cross_entropy(self.out_head(x), targets)  # ()
         return F.linear_cross_entropy(x, self.out_head.weight, targets)  # ()
 
@@ -330,6 +330,7 @@ class GPT(Module):
             return
         if type(self.out_head) is not Linear:
             raise ValueError("resize_token_embeddings: out_head has adapters; remove_lora first")
+        tied = self.out_head.weight is self.tok_emb.weight  # no longer, if an adapter was merged
         for layer in (self.tok_emb, self.out_head):
             weight = layer.weight  # (old, C)
             where = of(weight.data)
@@ -337,7 +338,7 @@ class GPT(Module):
             normal_(rows, 0.0, 0.02, generator)
             grown = np.concatenate([weight.data, rows.data])  # (vocab_size, C)
             layer.weight = Parameter(grown, weight.requires_grad)
-            if self.cfg.tie_weights:
+            if tied:
                 self.out_head.weight = layer.weight
                 break
         self.tok_emb.num_embeddings = self.out_head.out_features = vocab_size

@@ -108,7 +108,9 @@ class Report:
     val_loss        of the validation text, after the update
     learning_rate   that the step was taken with
     grad_norm       length of the gradient before it was clipped
-    tokens          that training has seen so far
+    tokens          of the text that training has seen so far
+    epoch           how often fine-tuning has been through its data so far
+    val_accuracy    share of the validation texts whose class was found, where classes are learned
     seconds         that the step took
     memory          bytes of the device that this process has held at most so far
     best            whether val_loss is below all earlier ones that count
@@ -119,7 +121,9 @@ class Report:
     val_loss: float | None = None
     learning_rate: float | None = None
     grad_norm: float | None = None
-    tokens: int = 0
+    tokens: int | None = None
+    epoch: float | None = None
+    val_accuracy: float | None = None
     seconds: float | None = None
     memory: int | None = None
     best: bool = False
@@ -147,7 +151,7 @@ class Training(ABC):
     `step` counts the updates done. `losses` has the training loss of each, `evaluations` the pairs
     (step, validation loss), `grad_norm` the length of the last gradient before it was clipped.
     With patience, validation losses count from the step on at which it was first given, and
-    `best_weights` is a copy of the state dict that had the lowest one; without, it is None.
+    `best_weights` is a copy of what trains when it was lowest; without, it is None.
     """
 
     def __init__(
@@ -225,7 +229,7 @@ class Training(ABC):
         if self.best_weights is None:
             return self.model
         model = copy.deepcopy(self.model).to("cpu")
-        model.load_state_dict(self.best_weights)
+        model.load_state_dict(self.best_weights, strict=False)  # what is frozen it has
         return model
 
     @property
@@ -254,16 +258,27 @@ class Training(ABC):
         best = evaluate and self.best[0] == self.step
         if best:
             self._keep_weights()
-        tokens = self.step * self.settings.tokens_per_step
-        return Report(self.step, val_loss=val_loss, best=best, tokens=tokens, **measured)
+        measured |= self.details(evaluate)
+        return Report(self.step, val_loss=val_loss, best=best, **measured)
 
     def _keep_weights(self) -> None:
         if self.settings.patience is not None:
-            self.best_weights = _copied(self.model.state_dict())
+            trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+            weights = self.model.state_dict()
+            self.best_weights = _copied({n: a for n, a in weights.items() if n in trained})
 
     @abstractmethod
     def validation_loss(self) -> float:
         """Of the model as it is, without dropout."""
+
+    @property
+    @abstractmethod
+    def per_step(self) -> tuple[int, str]:
+        """What one step learns from, such as 2048, "tokens"."""
+
+    @abstractmethod
+    def details(self, evaluated: bool) -> dict[str, float]:
+        """What else a Report says of this step, after a validation loss or without one."""
 
     def _validate(self) -> float:
         with np.errstate(all="ignore"):
@@ -349,6 +364,19 @@ def settings_to_go_on(
     return replace(settings, steps=steps, patience=patience)
 
 
+def restore_model(model: Module, state: dict[str, Any]) -> None:
+    """Copies a state's weights, in their dtypes, into a model of the same build; what was frozen is
+    frozen again. Raises ValueError if they do not fit.
+    """
+    weights = state["model"]
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in weights:
+            tensor.data = np.empty(tensor.shape, weights[name].dtype)
+    model.load_state_dict(weights)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in state["frozen"])
+
+
 class Trainer(Training):
     """Trains a GPT on windows drawn from `train_tokens` (N,), validates on `val_tokens` (M,).
 
@@ -376,6 +404,13 @@ class Trainer(Training):
         s = self.settings
         sizes = s.context, s.batch_size, s.eval_batches
         return evaluate(self.model, self.val_tokens, *sizes, self.shards)
+
+    @property
+    def per_step(self) -> tuple[int, str]:
+        return self.settings.tokens_per_step, "tokens"
+
+    def details(self, evaluated: bool) -> dict[str, float]:
+        return {"tokens": self.step * self.settings.tokens_per_step}
 
     def state_dict(self) -> dict[str, Any]:
         of_text = {"n_tokens": len(self.batches.tokens), "fingerprint": self.fingerprint}
@@ -406,11 +441,10 @@ class Trainer(Training):
                 f"this run was trained on {state['n_tokens']} tokens, not on {len(train_tokens)}: "
                 "give it the same ones to go on"
             )
-        model = _model(GPTConfig.from_dict(state["config"]), state["model"])
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name not in state["frozen"])
-        model.to(device)
-        trainer = cls(model, train_tokens, val_tokens, settings)
+        with no_init():
+            model = GPT(GPTConfig.from_dict(state["config"]))
+        restore_model(model, state)
+        trainer = cls(model.to(device), train_tokens, val_tokens, settings)
         if trainer.fingerprint != state["fingerprint"]:
             raise ValueError(
                 "this run was trained on other tokens, as many as these: give it the same ones"
@@ -445,8 +479,11 @@ def evaluate(
     return total / count
 
 
-def plot_training(path: str | Path, reports: Sequence[Report]) -> None:
-    """Draws losses, perplexity and learning rate against the step into a PNG file."""
+def plot_training(path: str | Path, reports: Sequence[Report], of: str = "token") -> None:
+    """Draws losses and learning rate against the step into a PNG file.
+
+    of      what the losses are the mean of: "token", which has a perplexity, too, or "text"
+    """
     from matplotlib.figure import Figure  # slow to import, and only needed here
     from matplotlib.ticker import LogLocator
 
@@ -458,12 +495,13 @@ def plot_training(path: str | Path, reports: Sequence[Report]) -> None:
     above.plot(x, losses, color="0.75", linewidth=1, label="training")
     x, losses = [r.step for r in evaluations], [r.val_loss for r in evaluations]
     above.plot(x, losses, marker="o", markersize=3, label="validation")
-    above.set(ylabel="loss per token (nats)")
+    above.set(ylabel=f"loss per {of} (nats)")
     above.legend()
-    right = above.secondary_yaxis("right", functions=(_perplexities, _losses))
-    right.set(ylabel="perplexity")
-    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    right.yaxis.set_major_formatter("{x:,g}")
+    if of == "token":
+        right = above.secondary_yaxis("right", functions=(_perplexities, _losses))
+        right.set(ylabel="perplexity")
+        right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        right.yaxis.set_major_formatter("{x:,g}")
     below.plot([r.step for r in steps], [r.learning_rate for r in steps])
     below.set(xlabel="step", ylabel="learning rate")
     for axes in (above, below):
@@ -483,17 +521,6 @@ def _losses(perplexities):
 def versions() -> dict[str, str]:
     """Of what may change a result in its last bits."""
     return {"tinygrad_llm": __version__, "numpy": np.__version__, "BLAS": blas()}
-
-
-def _model(config: GPTConfig, weights: dict[str, np.ndarray]) -> GPT:
-    """The model with copies of these weights, in their dtypes. Raises ValueError for others."""
-    with no_init():
-        model = GPT(config)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name in weights:
-            tensor.data = np.empty(tensor.shape, weights[name].dtype)
-    model.load_state_dict(weights)
-    return model
 
 
 def _copied(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -6,11 +6,15 @@ transformers' names for GPT-2's layers. Nothing of the model itself is in it.
 GPT-2 has one layer for q, k and v. Where they have adapters of their own here, PEFT gets one with
 the same product: their A's one below the other, and each one's B in its own rows and columns. The
 weights' header says which layers that are, so that we read three again.
+
+A classifier is a module with a GPT without head as `body` and a Linear layer as `head`, such as
+finetune.GPTClassifier. Its head is new and small, and belongs to the adapter: it is saved whole.
 """
 
 import json
 import math
 import re
+import sys
 from collections import Counter
 from itertools import accumulate, pairwise
 from numbers import Real
@@ -23,12 +27,12 @@ from numpy.typing import DTypeLike
 from ..data.files import Removal, atomic_write, together
 from ..device import of
 from ..gpt import GPT
-from ..nn import Module, adapter_names, lora_layers, trainable
-from ..nn.lora import add_adapters, linear_layers
+from ..nn import Linear, LoRALinear, Module, adapter_names, lora_layers, trainable
+from ..nn.lora import Adapter, add_adapters, linear_layers
 from ..random import Generator
 from ..tensor import no_grad
 from .hub import as_path
-from .hugging_face import OUR_KEY, folder_for_new, hugging_face_name, weights_dtype
+from .hugging_face import OUR_KEY, SCORE, folder_for_new, hugging_face_name, weights_dtype
 from .shards import other_file
 from .tensors import (
     WEIGHT_DTYPES,
@@ -49,11 +53,11 @@ PREFIX = "base_model.model."  # before the names of the model's layers
 TENSOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
 # PEFT adds these of the model's own, if the head is a target or words were added.
 OWN_TENSOR = re.compile(rf"{re.escape(PREFIX)}(lm_head|transformer\.wte)(\.base_layer)?\.weight")
+HEADS = ("score", "classifier")  # what PEFT's modules_to_save calls a classifier's head
 CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts that change the model
 UNSUPPORTED = {  # PEFT's settings with which the numbers mean something else, and what they do
     "use_dora": "DoRA",
     "lora_bias": "biases in B",
-    "modules_to_save": "whole layers beside the adapters",
     "trainable_token_indices": "rows of the embeddings",
     "target_parameters": "adapters of parameters",
     "layer_replication": "layers that come twice",
@@ -73,11 +77,14 @@ def save_adapter(
     model: Module, directory: str | Path, name: str = "default", dtype: DTypeLike = "float32"
 ) -> None:
     """Writes one adapter: `peft.PeftModel.from_pretrained(model, directory)` opens it, where model
-    is transformers' GPT2LMHeadModel with the same weights.
+    is transformers' GPT2LMHeadModel with the same weights, or GPT2ForSequenceClassification.
 
     The directory is made if needed; other files in it stay. dtype is float32, float16, bfloat16 or
-    float64. The layers of what is no GPT have their own names in the files. Raises ValueError if
-    there is no such adapter, and as save_model does: what was there is there still.
+    float64. A classifier's head is in the file as it is now; if it has an update of this adapter,
+    with that in it. The layers of what is neither GPT nor classifier have their own names in the
+    files. Raises ValueError if there is no such adapter, if there is what the files cannot hold
+    (other weights that train, a head's bias), and as save_model does: what was there is there
+    still.
     """
     dtype, directory = weights_dtype(dtype), as_path(directory)
     layers = {n: vars(layer.adapters).get(name) for n, layer in lora_layers(model).items()}
@@ -85,14 +92,26 @@ def save_adapter(
     if not adapters:
         known = few(map(repr, adapter_names(model))) or "none"
         raise ValueError(f"the model has no adapter {name!r} to save; there is {known}")
-    config, tensors = _config_of(model, adapters), {}
+    _check_nothing_is_lost(model)
+    tensors = {}
+    if _is_classifier(model):
+        tensors[PREFIX + SCORE] = _whole_head(model.head, name)
+        adapters.pop("score", None)
+        if not adapters:
+            raise ValueError(
+                f"adapter {name!r} is the head's alone, and a classifier's head is saved whole: "
+                "give other layers adapters, too, or save the whole model after merge_lora and "
+                "remove_lora"
+            )
+    config = _config_of(model, adapters)
     for layer, adapter in adapters.items():
         with no_grad():
             factors = {"A": adapter.lora_A.data, "B": adapter.whole_b().data}
         for factor, array in factors.items():
             tensors[f"{PREFIX}{layer}.lora_{factor}.weight"] = of(array).numpy(array)
     parts = {layer: adapter.parts for layer, adapter in adapters.items() if adapter.parts}
-    metadata = {"format": "pt"} | ({OUR_KEY: json.dumps({"parts": parts})} if parts else {})
+    ours = ({"parts": parts} if parts else {}) | _meaning(model)
+    metadata = {"format": "pt"} | ({OUR_KEY: json.dumps(ours)} if ours else {})
     with folder_for_new(directory), together() as changes:
         with atomic_write(directory / ADAPTER_WEIGHTS) as file:
             write_tensors(file, tensors, dtype, metadata)
@@ -111,11 +130,10 @@ def _config_of(model, adapters):
         alphas[layer] = int(alpha) if alpha.is_integer() else alpha
         ranks[layer] = int(n * adapter.rank)
     r, alpha = (Counter(each.values()).most_common(1)[0][0] for each in (ranks, alphas))
-    some, is_gpt = next(iter(adapters.values())), isinstance(model, GPT)
-    writes_text = is_gpt and model.out_head.out_features == model.cfg.vocab_size
+    some = next(iter(adapters.values()))
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if writes_text else None,
+        "task_type": _task(model),
         "base_model_name_or_path": None,
         "r": r,
         "lora_alpha": alpha,
@@ -125,20 +143,80 @@ def _config_of(model, adapters):
         "use_rslora": some.rslora,
         "use_dora": False,
         "bias": "none",
-        "fan_in_fan_out": is_gpt,  # of transformers' Conv1D: PEFT knows that its Linear are not
+        # of transformers' Conv1D; PEFT knows that its Linear layers are not
+        "fan_in_fan_out": _gpt_of(model) is not None,
         "target_modules": sorted(adapters),
-        "modules_to_save": None,
+        "modules_to_save": ["score"] if _is_classifier(model) else None,
         "init_lora_weights": True,
         "inference_mode": True,
     }
 
 
+def _task(model):
+    """PEFT's word for what the model does."""
+    if _is_classifier(model):
+        return "SEQ_CLS"
+    head = model.out_head if isinstance(model, GPT) else None
+    writes_text = head is not None and head.out_features == model.cfg.vocab_size
+    return "CAUSAL_LM" if writes_text else None
+
+
 def _their_name(model, layer):
-    """blocks.0.att.qkv -> transformer.h.0.attn.c_attn, in a GPT; of other layers as it is."""
+    """blocks.0.att.qkv -> transformer.h.0.attn.c_attn, in a GPT or a classifier's body, and head ->
+    score; of other layers as it is.
+    """
     try:
-        return hugging_face_name(f"{layer}.")[:-1] if isinstance(model, GPT) else layer
+        return layer if _gpt_of(model) is None else hugging_face_name(f"{layer}.")[:-1]
     except (KeyError, ValueError):  # a layer that someone has added
         return layer
+
+
+def _is_classifier(model):
+    body, head = getattr(model, "body", None), getattr(model, "head", None)
+    return isinstance(body, GPT) and body.out_head is None and isinstance(head, Linear)
+
+
+def _gpt_of(model):
+    """The model, or a classifier's body; None of anything else."""
+    if _is_classifier(model):
+        return model.body
+    return model if isinstance(model, GPT) else None
+
+
+def _meaning(model):
+    """What a classifier's logits are of, and where it reads: for the header."""
+    if not _is_classifier(model):
+        return {}
+    classes, position = getattr(model, "classes", ()), getattr(model, "position", None)
+    return {"classes": list(classes), "position": position}
+
+
+def _whole_head(head, name):
+    """A classifier's weight, as an array in NumPy's memory. ValueError if it has a bias."""
+    _check_no_bias(head)
+    weight = head.weight_with(name) if isinstance(head, LoRALinear) else head.weight
+    return of(weight.data).numpy(weight.data)
+
+
+def _check_no_bias(head):
+    if head.bias is not None:
+        raise ValueError(
+            "the classifier's head has a bias, and an adapter's files have no place for one, as "
+            "transformers' head has none: make the classifier with bias=False"
+        )
+
+
+def _check_nothing_is_lost(model):
+    """That nothing trains but adapters and a classifier's head."""
+    held = [m for m in model.modules() if isinstance(m, Adapter)]
+    held += [model.head] if _is_classifier(model) else []
+    ids = {id(parameter) for module in held for parameter in module.parameters()}
+    more = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ids]
+    if more:
+        raise ValueError(
+            f"beside the adapters there trains {few(more, 3)}, which their files cannot hold: "
+            "freeze it if it is as it was, or save the whole model after merge_lora and remove_lora"
+        )
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -151,7 +229,8 @@ def load_adapter(
     generator: Generator | None = None,
 ) -> tuple[int, int]:
     """Adds the adapter that save_adapter or PEFT wrote, under this name, and makes it the active
-    one; everything else is frozen. Training may go on with it.
+    one; everything else is frozen. Training may go on with it. A classifier gets the head in the
+    files, too, in the place of its own, and that trains.
 
     generator   for the masks of its dropout, if the model has no other dropout
     Returns (how many numbers train, how many there are). Raises FileNotFoundError if a file is
@@ -170,11 +249,12 @@ def load_adapter(
             "writes it"
         )
     config, (stored, metadata) = while_unreplaced(
-        path, lambda _: (_read_config(path), _read_weights(directory))
+        path, lambda _: (_read_config(path, model), _read_weights(directory))
     )
     try:
+        head = _stored_head(model, config, stored)
         pairs = _pairs(model, stored)
-        parts = _stored_parts(metadata)
+        parts = _our_part(metadata, model)
         chosen = {ours: _arguments(config, theirs, *ab) for ours, (theirs, *ab) in pairs.items()}
         factors = {}
         for ours, (theirs, a, b) in pairs.items():
@@ -183,15 +263,19 @@ def load_adapter(
             if theirs in parts:
                 chosen[ours], whole_b = _split(chosen[ours], whole_b, parts[theirs], theirs)
             factors[ours] = read_tensor(a, dtype), whole_b
+        head = None if head is None else read_tensor(head, model.head.weight.dtype)
     except ValueError as error:
         raise ValueError(f"{directory}: {line(error)}") from None
     for ours, adapter in add_adapters(model, chosen, name, generator, drawn=False).items():
         for parameter, array in zip((adapter.lora_A, adapter.lora_B), factors[ours]):
             parameter.data = of(parameter.data).put(array)
+    if head is not None:
+        weight = model.head.weight.requires_grad_()
+        weight.data = of(weight.data).put(head)
     return trainable(model)
 
 
-def _read_config(path):
+def _read_config(path, model):
     config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a JSON {type(config).__name__}: expected an object")
@@ -201,6 +285,13 @@ def _read_config(path):
         if config.get(setting):
             found = shown(config[setting])
             raise ValueError(f"{path} has {setting} {found} ({what}), which is not supported")
+    if (whole := config.get("modules_to_save")) and not (
+        _is_classifier(model) and isinstance(whole, list) and all(name in HEADS for name in whole)
+    ):
+        raise ValueError(
+            f"{path} has modules_to_save {shown(whole)} (whole layers beside the adapters): "
+            "supported is a classifier's head, 'score', for a GPTClassifier"
+        )
     if config.get("bias", "none") != "none":
         raise ValueError(
             f"{path} has bias {shown(config['bias'])}: supported is 'none', adapters alone"
@@ -230,20 +321,45 @@ def _read_weights(directory):
     return read_header(path)
 
 
+def _stored_head(model, config, stored):
+    """A classifier's head, taken out of what is stored; None if there is none."""
+    if not _is_classifier(model):
+        return None
+    key = PREFIX + SCORE
+    head = stored.pop(key, None)
+    if head is None:
+        if config.get("modules_to_save"):
+            raise ValueError(f"{key} is not there, the classifier's head: the file is incomplete")
+        return None
+    _check_no_bias(model.head)
+    expected = model.head.weight.shape
+    if head.kind not in WEIGHT_DTYPES or head.shape != expected:
+        what = f"{shown(head.kind)} of shape {shown(head.shape)}"
+        raise ValueError(
+            f"{key} is {what}, and this classifier's head has {expected}: classes, channels"
+        )
+    if others := adapter_names(model):
+        raise ValueError(
+            f"the classifier's head would be replaced, which its adapter {others[0]!r} needs: "
+            "remove_lora first, or load it into another classifier"
+        )
+    return head
+
+
 def _pairs(model, stored):
     """Our name of each layer -> (theirs, A, B), where the shapes are those of the model."""
-    layers = linear_layers(model)
+    layers, gpt = linear_layers(model), _gpt_of(model)
     ours_of = {_their_name(model, name): name for name in layers}
     found = {}
     for key, tensor in stored.items():
-        if isinstance(model, GPT) and (own := OWN_TENSOR.fullmatch(key)):
-            _check_same(model.out_head if own[1] == "lm_head" else model.tok_emb, key, tensor)
+        if gpt is not None and (own := OWN_TENSOR.fullmatch(key)):
+            _check_same(gpt.out_head if own[1] == "lm_head" else gpt.tok_emb, key, tensor)
             continue
         match = TENSOR.fullmatch(key)
         if not match:
             raise ValueError(f"unexpected {few([key])}: expected A and B of LoRA alone")
         name, factor = match.groups()
-        if isinstance(model, GPT) and name.startswith("h."):  # GPT2Model leaves the prefix out
+        if gpt is not None and name.startswith("h."):  # GPT2Model leaves the prefix out
             name = f"transformer.{name}"
         if tensor.kind not in WEIGHT_DTYPES or len(tensor.shape) != 2:
             what = f"{shown(tensor.kind)} of shape {shown(tensor.shape)}"
@@ -273,9 +389,11 @@ def _pairs(model, stored):
 
 
 def _check_same(layer, key, tensor):
-    """That a tensor of the model itself, beside the adapter, is the one that the model has."""
-    weight = layer.weight.data
-    if tensor.kind not in WEIGHT_DTYPES or tensor.shape != weight.shape:
+    """That a tensor of the model itself, beside the adapter, is the one that the model has; a
+    classifier has no lm_head.
+    """
+    weight = None if layer is None else layer.weight.data
+    if weight is None or tensor.kind not in WEIGHT_DTYPES or tensor.shape != weight.shape:
         same = False
     else:
         same = np.array_equal(read_tensor(tensor, weight.dtype), of(weight).numpy(weight))
@@ -297,7 +415,7 @@ def _arguments(config: dict[str, Any], name: str, a: StoredTensor, b: StoredTens
         )
     dropout = config.get("lora_dropout", 0.0)
     for setting, number in (("lora_alpha", alpha), ("lora_dropout", dropout)):
-        usable = isinstance(number, Real) and math.isfinite(number)
+        usable = isinstance(number, Real) and abs(number) <= sys.float_info.max
         if not usable or (setting == "lora_dropout" and not 0 <= number <= 1):
             raise ValueError(f"{ADAPTER_CONFIG} has {setting} {shown(number)}: expected a number")
     rslora = bool(config.get("use_rslora"))
@@ -315,13 +433,22 @@ def _for_layer(config, setting, name, default):
     return default
 
 
-def _stored_parts(metadata):
-    """{layer: outputs of each part}, as save_adapter wrote it."""
+def _our_part(metadata, model):
+    """What save_adapter wrote for us alone, {layer: outputs of each part}. ValueError if the rest
+    of it says that it is a classifier's whose logits mean something else.
+    """
     try:
-        parts = json.loads(metadata.get(OUR_KEY, "{}")).get("parts", {})
-        return {name: [int(n) for n in sizes] for name, sizes in parts.items()}
+        ours = json.loads(metadata.get(OUR_KEY, "{}"))
+        parts = {name: [int(n) for n in sizes] for name, sizes in ours.get("parts", {}).items()}
     except (ValueError, TypeError, AttributeError):
         raise ValueError(f"the header of {ADAPTER_WEIGHTS} is damaged: {OUR_KEY} in it") from None
+    for what, here in _meaning(model).items():
+        if ours.get(what, here) != here:
+            raise ValueError(
+                f"this adapter is for a classifier with {what} {shown(ours[what])}, not "
+                f"{shown(here)}"
+            )
+    return parts
 
 
 def _split(arguments, whole_b, parts, name):

@@ -9,7 +9,13 @@ from .tensors import line, shown
 
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
 OWNER = "openai-community"  # of OpenAI's models, which have short names here
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
+TOKENIZER_FILES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",  # how a conversation becomes one text
+]
 FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
 
 

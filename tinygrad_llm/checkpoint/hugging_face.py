@@ -134,9 +134,12 @@ def open_checkpoint(name_or_dir: str | Path) -> Checkpoint:
     return Checkpoint(directory, config, cfg, tensors, classes)
 
 
-def load_model(name_or_dir: str | Path, dtype: DTypeLike = "float32") -> GPT:
+def load_model(
+    name_or_dir: str | Path, dtype: DTypeLike = "float32", drop_rate: float | None = None
+) -> GPT:
     """Opens a GPT-2, as `open_checkpoint` finds it, with parameters of this dtype.
 
+    drop_rate   of all its dropout; None: as the model was trained with
     Numbers go from the file straight into the parameters. Raises as open_checkpoint, ValueError for
     a classifier, and TypeError for what is no floating dtype.
     """
@@ -147,8 +150,12 @@ def load_model(name_or_dir: str | Path, dtype: DTypeLike = "float32") -> GPT:
             f"{checkpoint.directory} holds a classifier, and no language model: open it with "
             "GPTClassifier.from_pretrained"
         )
+    cfg = checkpoint.cfg
+    if drop_rate is not None:
+        own = {"drop_rate_emb": None, "drop_rate_attn": None, "drop_rate_shortcut": None}
+        cfg = replace(cfg, drop_rate=drop_rate, **own)
     with no_init():
-        model = GPT(checkpoint.cfg)
+        model = GPT(cfg)
     read_parameters(model, checkpoint, dtype)
     return model
 

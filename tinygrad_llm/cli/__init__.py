@@ -12,16 +12,18 @@ import typer
 from .. import backend
 from .chat import chat
 from .check import check
+from .classify import classify
 from .data import data
 from .errors import UsageError, UserError, described, user_input
 from .export import export
+from .finetune import finetune
 from .generate import generate
 from .info import info
 from .judge import judge
 from .screen import PROGRAM
 from .train import train
 
-COMMANDS = [train, generate, chat, judge, info, export, check]  # in the order of --help
+COMMANDS = [train, generate, chat, classify, judge, info, export, check]  # in the order of --help
 
 app = typer.Typer(
     add_completion=False,
@@ -30,6 +32,7 @@ app = typer.Typer(
 )
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(finetune, name="finetune")
 app.add_typer(data, name="data")
 
 

@@ -105,7 +105,7 @@ def generate(
     with user_input():
         if beams is not None:
             _refuse_drawing(drawing)
-        texts = _prompts(prompt, batch)
+        texts = given_texts(prompt, batch, "prompt")
         gpt, where = opened(model, beams or min(BATCH, len(texts)), device, dtype, kernels)
         tokenizer = load_tokenizer(model, gpt)
         options = sampling(tokenizer, **drawing)
@@ -183,22 +183,21 @@ def _refuse_drawing(drawing: dict[str, Any]) -> None:
         raise ValueError(f"--beams searches and draws nothing: leave {option} out")
 
 
-def _prompts(prompt: str | None, batch: Path | None) -> list[str]:
-    """What is to be continued."""
-    if (prompt is None) == (batch is None):
-        raise ValueError("give one prompt (- for standard input) or --batch FILE with some")
-    if prompt == "-":
+def given_texts(text: str | None, batch: Path | None, what: str) -> list[str]:
+    """The one text on the command line or standard input, or those in the lines of a file."""
+    if (text is None) == (batch is None):
+        raise ValueError(f"give one {what} (- for standard input) or --batch FILE with some")
+    if text == "-":
         sys.stdin.reconfigure(errors="strict")
         with utf8_expected("standard input"):
             return [sys.stdin.read().removesuffix("\n")]
     if batch is None:
-        return [utf8(prompt, "the prompt")]
-    text = read_corpus(batch).removesuffix("\n")
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
+        return [utf8(text, f"the {what}")]
+    lines = read_corpus(batch).removesuffix("\n").split("\n")
+    lines = [line.removesuffix("\r") for line in lines]
     if "" in lines:
-        raise ValueError(
-            f"{batch} has no prompt in line {lines.index('') + 1}: give one in each line"
-        )
+        number = lines.index("") + 1
+        raise ValueError(f"{batch} has no {what} in line {number}: give one in each line")
     return lines
 
 

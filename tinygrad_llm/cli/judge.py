@@ -32,7 +32,7 @@ def judge(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Of the scores; if it is there, what it lacks is done."),
+        typer.Option(metavar="FILE", help="Of the scores; those that are there are kept."),
     ] = None,
     response_key: Annotated[
         str, typer.Option(metavar="KEY", help="Under which an entry has what is judged.")
@@ -53,8 +53,9 @@ def judge(
 ) -> int:
     """Let another model score responses from 0 to 100, against reference answers.
 
-    An entry has the texts instruction, input (or none), output and model_response. A stopped run
-    goes on with the same command. The exit code is 1 if entries have no score in the end.
+    An entry has the texts instruction, input (or none), output and model_response. The same command
+    again goes on with a stopped run, and asks once more about entries that failed. The exit code is
+    1 if entries have no score in the end.
     """
     screen = Screen(quiet)
     with user_input():

@@ -25,13 +25,22 @@ def check_memory(where: Device, needed: int, what_to_change: str) -> None:
             )
 
 
-def training_bytes(cfg: GPTConfig, options: dict[str, Any], where: Device) -> int:
+def training_bytes(
+    cfg: GPTConfig,
+    options: dict[str, Any],
+    where: Device,
+    numbers: tuple[int, int] | None = None,
+) -> int:
     """Bytes that training takes at its peak, about: weights, gradients, AdamW's state, and what
-    the forward pass keeps. options: those of `train`.
+    the forward pass keeps.
+
+    options     those of `train`
+    numbers     how many numbers train and how many there are; None: all of a GPT's
     """
     on_gpu = where.name != "cpu" and backend.current.reading.off is not None  # with its kernels
     size = dtype_named(options["dtype"]).itemsize
-    states = _state_bytes(cfg, options, on_gpu, size) * cfg.num_parameters()
+    trained, everything = numbers or (cfg.num_parameters(),) * 2
+    states = size * everything + _state_bytes(cfg, options, on_gpu, size) * trained
     tokens = options["batch_size"] * cfg.context_length
     block, ends = _kept(cfg, kept_on_gpu if on_gpu else kept_numbers)
     head = tokens * ends * size + _logits_bytes(cfg, tokens, on_gpu, size)
@@ -42,13 +51,13 @@ def training_bytes(cfg: GPTConfig, options: dict[str, Any], where: Device) -> in
 
 
 def _state_bytes(cfg, options, on_gpu, size):
-    """Of each parameter: itself, its gradients, AdamW's two means, the float32 copy of 16 bits."""
+    """Of each parameter that trains: gradients, AdamW's two means, the float32 copy of 16 bits."""
     dropout = any(map(cfg.dropout, ("emb", "attn", "shortcut")))
     shares = 1 if on_gpu or dropout else min(options["threads"], options["batch_size"])
     gradients = shares * (size if on_gpu else 4)
     if options["accumulate"] > 1:
         gradients += 4  # their sum
-    return size + gradients + 2 * 4 + (4 if size < 4 else 0)
+    return gradients + 2 * 4 + (4 if size < 4 else 0)
 
 
 def _logits_bytes(cfg, tokens, on_gpu, size):

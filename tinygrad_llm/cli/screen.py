@@ -6,14 +6,14 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from ..train import Report, Trainer
+from ..train import Report, Training
 
 PROGRAM = "tinygrad-llm"
 
@@ -58,26 +58,41 @@ class Screen:
 class Clock:
     """How fast a trainer is, and how long it will take; starts when it is made."""
 
-    def __init__(self, trainer: Trainer):
+    def __init__(self, trainer: Training):
         self.trainer, self.first_step = trainer, trainer.step
         self.start = time.monotonic()
 
     def line(self, report: Report) -> str:
-        """step 20/800  loss 3.210  validation 3.402  18,400 tokens/s  2:10 left"""
+        """step 20/800  loss 3.210  validation 3.402  18,400 tokens/s  2:10 left
+
+        When fine-tuning, also the epoch, and of classes the accuracy on the validation texts.
+        """
         s = self.trainer.settings
         parts = [f"step {report.step:,}/{s.steps:,}"]
+        if report.epoch is not None:
+            parts.append(f"epoch {report.epoch:.1f}")
         if report.loss is not None:
             parts.append(f"loss {report.loss:.3f}")
         parts.append(f"validation {self.trainer.evaluations[-1][1]:.3f}")
+        if report.val_accuracy is not None:
+            parts.append(f"accuracy {report.val_accuracy:.1%}")
         if done := report.step - self.first_step:
             per_step = (time.monotonic() - self.start) / done
-            parts.append(f"{s.tokens_per_step / per_step:,.0f} tokens/s")
+            number, unit = self.trainer.per_step
+            parts.append(f"{number / per_step:,.0f} {unit}/s")
             parts.append(f"{_minutes(per_step * (s.steps - report.step))} left")
         return "  ".join(parts)
 
     def elapsed(self) -> str:
         """Time since the start, as 2:05."""
         return _minutes(time.monotonic() - self.start)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as a table, the first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(line) for line in lines)
 
 
 def typed() -> str:

@@ -142,6 +142,30 @@ def remove(*paths: Path) -> None:
         changes.append(Removal(*paths))
 
 
+def lock(path: Path) -> BinaryIO:
+    """A file, made if need be, that this process alone has as long as it is open: the system closes
+    it after a kill. It stays where it is.
+
+    Raises BlockingIOError if another process has it. A file system without locks gives it to all.
+    """
+    file = open(path, "ab")  # noqa: SIM115  its caller closes it
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise BlockingIOError(f"{path} belongs to another process") from None
+    except OSError:  # no locks here
+        pass
+    return file
+
+
 def sync_folder(folder: Path) -> None:
     """Writes the names of a folder's files to the disk, where the system can."""
     if os.name == "posix":

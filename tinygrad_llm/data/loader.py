@@ -113,8 +113,9 @@ class EpochBatches:
     """Endless batches of a dataset, each of its items once in every epoch, in a new order.
 
     The dataset is one for DataLoader, in whose order the items come, which is PyTorch's. `epoch`
-    counts the epochs that are complete, `batches_per_epoch` what one has. A `state_dict` (JSON can
-    hold it) continues exactly, with the same dataset and batch_size. The generator is for it alone.
+    is the one that the last batch was of, from 0; each has `batches_per_epoch`. A `state_dict`
+    (JSON can hold it) continues exactly, with the same dataset and batch_size. The generator is
+    for it alone.
     Raises as DataLoader does.
     """
 

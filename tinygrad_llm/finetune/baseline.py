@@ -19,14 +19,16 @@ from .table import Table
 
 WORD = regex.compile(r"\w+|[^\w\s]")
 MOST_WORDS = 10_000  # those that occur in the most texts
+MOST_TEXTS = 4096  # in a step, and in memory as vectors
 
 
 class WordClassifier:
     """Logistic regression on words, their numbers weighed by tf-idf. Trained when it is made.
 
-    A word's weight is its number in the text times log((1 + N) / (1 + texts that have it)) + 1, and
-    each text's vector gets the length 1 (Salton and Buckley, 1988, smoothed).
-    The vectors of all texts are in memory together, 4 bytes a word: 40 KB a text at most.
+    A word's weight is its number in the text times (log((1 + N) / (1 + texts that have it)) + 1),
+    and each text's vector gets the length 1 (Salton and Buckley, 1988, smoothed). Words and their
+    weights are those of the table that it learns from. A step takes every text, or every k-th of
+    more than MOST_TEXTS.
     """
 
     def __init__(self, table: Table, steps: int = 100, lr: float = 0.1):
@@ -39,27 +41,46 @@ class WordClassifier:
         )
         self.classes = table.classes
         self.layer = Linear(len(common), len(self.classes), generator=Generator(0))
-        x, optimizer = Tensor(self._vectors(table.texts)), AdamW(self.layer.parameters(), lr=lr)
-        for _ in range(steps):
+        optimizer, k = AdamW(self.layer.parameters(), lr=lr), -(-N // MOST_TEXTS)
+        weights = [self._weights(text) for text in table.texts]
+        for step in range(steps):
+            chosen = slice(step % k, None, k)
+            if step == 0 or k > 1:
+                x = _vectors(weights[chosen], len(common))
             optimizer.zero_grad()
-            F.cross_entropy(self.layer(x), table.labels).backward()
+            F.cross_entropy(self.layer(x), table.labels[chosen]).backward()
             optimizer.step()
 
     def evaluate(self, table: Table) -> Scores:
-        """Of a table that has the same classes."""
-        with no_grad():
-            logits = self.layer(Tensor(self._vectors(table.texts))).data  # (N, n)
-        return Scores.of(table.labels, logits.argmax(axis=-1), self.classes)
+        """Raises ValueError for a table with other classes than the one that it learned from."""
+        if table.classes != self.classes:
+            raise ValueError(
+                f"the words tell {', '.join(self.classes)} apart, and the table has "
+                f"{', '.join(table.classes)}: read it with the same classes"
+            )
+        predicted = np.empty(len(table), np.int64)
+        for start in range(0, len(table), MOST_TEXTS):
+            chosen = slice(start, start + MOST_TEXTS)
+            weights = [self._weights(text) for text in table.texts[chosen]]
+            with no_grad():
+                logits = self.layer(_vectors(weights, len(self.columns))).data  # (N, n)
+            predicted[chosen] = logits.argmax(axis=-1)
+        return Scores.of(table.labels, predicted, self.classes)
 
-    def _vectors(self, texts):
-        """(N, words) float32"""
-        x = np.zeros((len(texts), len(self.columns)), np.float32)
-        for row, text in zip(x, texts):
-            for word, number in Counter(_words(text)).items():
-                if word in self.columns:
-                    row[self.columns[word]] = number
-        x *= self.idf
-        return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    def _weights(self, text):
+        """The columns of a text's words and what these hold, both (words,)."""
+        numbers = Counter(word for word in _words(text) if word in self.columns)
+        columns = np.array([self.columns[word] for word in numbers], np.int64)
+        weights = np.array([*numbers.values()], np.float32) * self.idf[columns]
+        return columns, weights / max(np.linalg.norm(weights), 1e-12)
+
+
+def _vectors(texts, width):
+    """(N, width) float32"""
+    x = np.zeros((len(texts), width), np.float32)
+    for row, (columns, weights) in zip(x, texts):
+        row[columns] = weights
+    return Tensor(x)
 
 
 def _words(text):

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -54,8 +55,8 @@ class GPTClassifier(Module):
     gpt         its weights become the body's: they are shared, not copied. Its head is not used
     classes     two names or more; their places are the labels
     position    where the head reads: at the "last" token, at the "first" (which has seen no other),
-                the "mean" over all; at "last_padded", the end of the row, padding or not. The first
-                three do not depend on padding
+                the "mean" over all; at "last_padded", the end of the row, padding or not: all rows
+                then have max_length tokens. The first three do not depend on padding
     bias        whether the head has one; transformers' has none, see save_pretrained
     pad_id      the id that rows are padded with, by default the last one: GPT-2's "<|endoftext|>"
     max_length  tokens of a text that count, by default all that the body can take
@@ -96,6 +97,17 @@ class GPTClassifier(Module):
     def cfg(self) -> GPTConfig:
         """The body's sizes."""
         return self.body.cfg
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keywords that make another one like it of another GPT."""
+        return {
+            "classes": self.classes,
+            "position": self.position,
+            "bias": self.head.bias is not None,
+            "pad_id": self.pad_id,
+            "max_length": self.max_length,
+        }
 
     @property
     def recompute(self) -> bool:
@@ -375,12 +387,19 @@ def evaluate(
 ) -> tuple[float, Scores]:
     """(mean loss of a text in nats, scores), without dropout and gradients.
 
-    Raises ValueError for a data set with other classes than the model's.
+    Raises ValueError for a data set with other classes than the model's and, if the model reads at
+    the end of the row, with rows of another length than its max_length.
     """
     if dataset.classes != model.classes:
         raise ValueError(
             f"the model tells {', '.join(model.classes)} apart, and the data has "
             f"{', '.join(dataset.classes)}: read the table with classes=model.classes"
+        )
+    if model.position == "last_padded" and (dataset.trim or dataset.max_length != model.max_length):
+        raise ValueError(
+            f"the position last_padded reads at the end of rows of {model.max_length} tokens, the "
+            f"model's max_length; the data has rows of {dataset.max_length}: give both the same "
+            "max_length, and no trim"
         )
     logits = model._logits(dataset.rows, batch_size)
     loss = F.cross_entropy(Tensor(logits), dataset.labels).item()

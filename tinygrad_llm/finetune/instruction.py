@@ -51,7 +51,7 @@ def read_entries(path: str | Path) -> list[Entry]:
         entries = _parsed(text, str(path))
         if not isinstance(entries, list):
             raise ValueError(
-                f"{path} holds {_kind(entries)}: expected a list of entries, "
+                f"{path} holds {kind_of(entries)}: expected a list of entries, "
                 '[{"instruction": ..., "input": ..., "output": ...}, ...], or a .jsonl file'
             )
         found = [(f"{path}, entry {i}", entry) for i, entry in enumerate(entries, start=1)]
@@ -110,7 +110,7 @@ def _parsed(text: str, where: str) -> Any:
 def _checked(entry: Any, where: str) -> Entry:
     """The entry with all its texts. Raises ValueError."""
     if not isinstance(entry, dict):
-        raise ValueError(f"{where} is {_kind(entry)}: expected an object with {', '.join(ASKED)}")
+        raise ValueError(f"{where} is {kind_of(entry)}: expected an object with {', '.join(ASKED)}")
     for key in ASKED:
         if key not in entry and key != "input":
             raise ValueError(
@@ -119,7 +119,7 @@ def _checked(entry: Any, where: str) -> Entry:
     entry = {**entry, "input": entry.get("input", "")}
     for key in ASKED:
         if not isinstance(entry[key], str):
-            raise ValueError(f"{where} has {_kind(entry[key])} as {key!r}: expected a text")
+            raise ValueError(f"{where} has {kind_of(entry[key])} as {key!r}: expected a text")
         if key != "input" and not entry[key].strip():
             raise ValueError(f"{where} has an empty {key!r}: write it, or leave the entry out")
     return entry
@@ -133,7 +133,7 @@ def _check_characters(entry: Any, where: str) -> None:
         raise ValueError(f"{where} has half a surrogate pair, which is no character") from None
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """What JSON calls it."""
     kinds = {dict: "an object", list: "a list", str: "a text", bool: "a truth value"}
     return "null" if value is None else kinds.get(type(value), "a number")
@@ -183,6 +183,7 @@ class Instructions:
     response_only   the loss counts the responses, and not the prompts (the book's exercise 7.2)
     too_long        of entries with more tokens: "truncate" cuts the end off, "drop" leaves them
                     out, "refuse" raises ValueError
+    first           the number of the first entry, for what an error says
 
     `texts` are the ids of each entry, without the end that `collate` adds; `prompt_lengths` says
     how many of them are its prompt; `n_too_long` counts the entries that were cut or left out.
@@ -199,6 +200,7 @@ class Instructions:
         max_length: int,
         response_only: bool = False,
         too_long: str = "truncate",
+        first: int = 1,
     ):
         if too_long not in ("truncate", "drop", "refuse"):
             raise ValueError(f'too_long is "truncate", "drop" or "refuse", not {too_long!r}')
@@ -206,7 +208,7 @@ class Instructions:
         self.response_only, self.n_too_long = response_only, 0
         self.texts: list[np.ndarray] = []
         prompt_lengths = []
-        for number, entry in enumerate(entries, start=1):
+        for number, entry in enumerate(entries, first):
             entry = _checked(entry, f"entry {number}")
             ids, n_prompt = template.encode(tokenizer, *(entry[key] for key in ASKED))
             if len(ids) > max_length:
@@ -286,9 +288,10 @@ def generate_responses(
     """The entries with what the model says to each as "model_response", also written to `path`.
 
     The file is replaced as a whole after each batch, so that little is lost if this is interrupted;
-    entries that have a response in it, or already, are not asked again. `sampling` are options of
-    generate, by default temperature=0, the likeliest token. `progress(done, total)` is called after
-    each batch. A response ends where the model's context does.
+    entries that have a response in it, or already, are not asked again, whichever model gave it:
+    another model needs another file. `sampling` are options of generate, by default temperature=0,
+    the likeliest token. `progress(done, total)` is called after each batch. A response ends where
+    the model's context does.
 
     Raises ValueError for a file of other entries, and, before anything is generated, for an entry
     that leaves no room for a response in the model's context; as read_entries and generate do.

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from ..data.files import atomic_write
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scores:
     """What n classes' predictions are worth; arrays are (n,) float64, in the order of the classes.
 
@@ -76,21 +76,25 @@ class Scores:
 
 
 def plot_confusion(path: str | Path, scores: Scores) -> None:
-    """Draws the confusion matrix into a PNG file: shares of each row as grey, numbers of texts."""
+    """Draws the confusion matrix into a PNG file: shares of each row as grey and, of up to 40
+    classes, their names and numbers of texts.
+    """
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
     n = len(scores.classes)
     shares = _ratio(scores.confusion, scores.support[:, None])
-    size = 3 + 0.6 * min(n, 40)
+    named = n <= 40  # more would be unreadable, and take minutes
+    size = 3 + 0.6 * n if named else 8
     figure = Figure(figsize=(size, size), layout="constrained")
     axes = figure.subplots()
     axes.imshow(shares, cmap="Greys", vmin=0, vmax=1)
+    axes.set(xlabel="predicted", ylabel="true", title=f"accuracy {scores.accuracy:.2%}")
     names = [name if len(name) <= 20 else name[:19] + "…" for name in scores.classes]
     names = [name.replace("$", r"\$") for name in names]  # which would begin a formula
-    axes.set_xticks(range(n), names, rotation=90 if n > 4 else 0)
-    axes.set_yticks(range(n), names)
-    axes.set(xlabel="predicted", ylabel="true", title=f"accuracy {scores.accuracy:.2%}")
-    for i, j in np.ndindex(n, n):
+    if named:
+        axes.set_xticks(range(n), names, rotation=90 if n > 4 else 0)
+        axes.set_yticks(range(n), names)
+    for i, j in np.ndindex(n, n) if named else ():
         color = "white" if shares[i, j] > 0.5 else "black"
         axes.text(j, i, f"{scores.confusion[i, j]:,}", ha="center", va="center", color=color)
     with atomic_write(path) as file:

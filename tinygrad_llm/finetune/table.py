@@ -84,13 +84,14 @@ def read_table(
     header       whether the first row has the columns' names; None: if names are given, or are the
                  default ones
     classes      all names that labels may have, in the order of their numbers, such as those of a
-                 model; None: those in the file, sorted
+                 model; None: those in the file, sorted, whole numbers by their value
     quotes       whether "..." is one field, in which lines may end, and "" is a quote
     Empty lines are skipped, and white space around labels.
 
     Raises FileNotFoundError, and ValueError, which names file and line, for: bytes that are not in
     this encoding, rows of another length than the first, a quote that is never closed, no object,
-    an empty text or label, a label that is none of the classes; a file without rows or, unless
+    an empty text or label, a field longer than csv.field_size_limit(), a label that is none of the
+    classes; a file without rows or, unless
     classes are given, of one class only; columns that are not there.
     """
     (path,) = text_files(path)
@@ -113,7 +114,8 @@ def read_table(
     if header is None and not has_header and classes is None and alone:
         place, _, name = rows[0]
         raise ValueError(
-            f"{place}: no other row has the label {name!r}: say if this row is a header or not"
+            f"{place}: no other row has the label {name!r:.60}: say which column is the label, and "
+            "if this row is a header or not"
         )
     return table
 
@@ -145,8 +147,11 @@ def _delimited_rows(path, text, delimiter, quotes):
         place = f"{path}, line {reader.line_num + 1}"
         try:
             fields = next(reader)
-        except csv.Error as error:
-            raise ValueError(f"{place}: {error}") from None
+        except csv.Error:
+            raise ValueError(
+                f"{place}: a field has more than {csv.field_size_limit():,} characters: is a quote "
+                "opened that is never closed? Then switch quotes off; or cut the text"
+            ) from None
         if fields == [END]:
             return
         if fields and fields[-1].endswith(END):
@@ -241,7 +246,7 @@ def _table(source, rows: Iterable[tuple[str, str, str]], classes) -> Table:
     if not texts:
         raise ValueError(f"{source} has no rows")
     if classes is None:
-        classes = sorted(set(labels))
+        classes = _sorted(set(labels))
         if len(classes) == 1:
             raise ValueError(
                 f"{source}: all labels are {classes[0]!r}: expected two classes or more"
@@ -252,6 +257,13 @@ def _table(source, rows: Iterable[tuple[str, str, str]], classes) -> Table:
             raise ValueError(f"{place}: unknown label {label!r}: expected {', '.join(numbers)}")
     labels = np.array([numbers[label] for label in labels], np.int64)
     return Table(tuple(texts), labels, tuple(numbers), tuple(places))
+
+
+def _sorted(names):
+    try:
+        return sorted(names, key=lambda name: (int(name), name))
+    except ValueError:
+        return sorted(names)
 
 
 def check_classes(classes: Sequence[str]) -> tuple[str, ...]:

@@ -168,7 +168,8 @@ class ChatTemplate:
     @property
     def jinja(self) -> str:
         """The same for transformers: a chat_template. Messages have the roles user and assistant in
-        turn; the first may be of the role system.
+        turn; the first may be of the role system. The text is the same; but transformers encodes it
+        as a whole, so that there special tokens count in what was said, too.
         """
         (s0, s1), (u0, u1), (a0, a1), between, default = map(
             _literal, (self.system, self.user, self.assistant, self.between, self.default_system)

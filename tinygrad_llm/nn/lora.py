@@ -10,7 +10,7 @@ Only A and B are trained. B starts at zero, so that at first the model is what i
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -38,12 +38,15 @@ class LoRAConfig:
     rank        r above
     alpha       the update is scaled by alpha / rank
     dropout     the probability with which, in training, a number that goes into A is zeroed
-    targets     which Linear layers: a regular expression for the whole dotted name, ".*" being
-                every layer; or several for how names end: "up" is blocks.0.ff.up and the like.
-                Default: the layers of all transformer blocks, and not the output head
+    targets     which Linear layers: a str is a regular expression for the whole dotted name, ".*"
+                being every layer; a list has several for how names end: ["up"] is blocks.0.ff.up
+                and the like. Default: the layers of all transformer blocks, not the output head
     split_qkv   whether q, k and v, which are one layer here, get a rank of their own each, as if
                 they were three
-    rslora      scale by alpha / √rank instead: Kalajdzievski, "Rank Stabilization", 2023
+    rslora      scale by alpha / √rank instead: Kalajdzievski, "A Rank Stabilization Scaling Factor
+                for Fine-Tuning with LoRA", 2023
+
+    Raises ValueError for numbers and patterns that are none, TypeError for targets of another kind.
     """
 
     rank: int
@@ -59,6 +62,8 @@ class LoRAConfig:
         check_probability("LoRAConfig", dropout=self.dropout)
         if not math.isfinite(self.alpha):
             raise ValueError(f"LoRAConfig: alpha is a finite number, not {self.alpha}")
+        if not isinstance(self.targets, Collection):
+            raise TypeError(f"LoRAConfig: targets is a str or a list of them, not {self.targets!r}")
         for pattern in self._patterns():
             try:
                 re.compile(pattern)
@@ -117,6 +122,7 @@ class Adapter(Module):
         if self.parts is not None:
             mask = np.repeat(np.eye(len(self.parts), dtype=np.float32), self.parts, axis=0)
             self._mask = Tensor(mask[..., None])  # (out, parts, 1): which part an output is of
+        # 1/√n, rounded as PyTorch rounds it: the same seed gives the same bits
         bound = math.sqrt(3) * math.sqrt(2 / (1 + math.sqrt(5) ** 2)) / math.sqrt(n)
         init.uniform_(self.lora_A, -bound, bound, generator)
 
@@ -181,24 +187,38 @@ class LoRALinear(Linear):
         return fused("lora", by_ops, *inputs, scale=scale)
 
     def merge(self) -> None:
-        """Adds the active adapter's update to the weight, in float32 or wider. A weight that is
-        tied to another layer's is left to that one: here is a Parameter of its own, then.
+        """Adds the active adapter's update to the weight. A weight that is tied to another layer's
+        is left to that one: here is a Parameter of its own, then.
         """
         if self.active is None or self.merged:
             return
-        adapter, before = getattr(self.adapters, self.active), self.weight
-        wide = np.dtype(np.float32) if precision.is_narrow(before.data) else before.dtype
-        with no_grad():
-            merged = (before.to(wide) + adapter.delta(wide)).to(before.dtype)
+        before, merged = self.weight, self.weight_with(self.active)
         self._before_merge = SimpleNamespace(weight=before)  # out of sight: it is not saved
         self.weight = Parameter(merged, requires_grad=False)
 
     def unmerge(self) -> None:
         """Puts the weight back, to the bit."""
         if self.merged:
-            now, before = self.weight, self._before_merge.weight
-            before.data = of(now.data).put(before.data).astype(now.dtype, copy=False)
-            self.weight, self._before_merge = before, None
+            self.weight, self._before_merge = self._unmerged(), None
+
+    def weight_with(self, name: str) -> Tensor:
+        """The weight with the update of one adapter, if there is one of this name, and with no
+        other, even if that is merged. The sum is taken in float32 or wider.
+        """
+        weight, adapter = self._unmerged(), vars(self.adapters).get(name)
+        if adapter is None:
+            return weight
+        wide = np.dtype(np.float32) if precision.is_narrow(weight.data) else weight.dtype
+        with no_grad():
+            return (weight.to(wide) + adapter.delta(wide)).to(weight.dtype)
+
+    def _unmerged(self):
+        """The weight without an update, moved to where the layer may have moved since."""
+        if not self.merged:
+            return self.weight
+        now, before = self.weight, self._before_merge.weight
+        before.data = of(now.data).put(before.data).astype(now.dtype, copy=False)
+        return before
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, active={self.active!r}, merged={self.merged}"
@@ -213,7 +233,8 @@ def apply_lora(
     """Puts a new adapter into the model's Linear layers that are its targets, and makes it the
     active one. Everything else is frozen: make the optimizer afterwards, of what requires grad.
 
-    generator   draws A, layer after layer; default: random.default_generator
+    generator   draws A, layer after layer, and the masks of the adapter's dropout if the model has
+                no Dropout, whose stream that would be; default: random.default_generator
     Returns (how many numbers train, how many there are). Raises ValueError, before anything is
     changed, if a target matches nothing, the name is in use or none, or an adapter is merged.
     """
@@ -292,7 +313,8 @@ def set_adapter(model: Module, name: str | None) -> None:
 
 def merge_lora(model: Module) -> None:
     """Adds the active adapter to the weights: the model is as fast as it was without. The old
-    weights are kept until unmerge_lora or remove_lora. ValueError if no adapter is active.
+    weights are kept until unmerge_lora or remove_lora; state_dict has the merged ones, so save
+    before or after. ValueError if no adapter is active.
     """
     layers = lora_layers(model).values()
     if not any(layer.active for layer in layers):

@@ -1,0 +1,267 @@
+"""What the commands that fine-tune have in common: their options, settings and adapters."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from ... import random
+from ...checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    WEIGHTS,
+    load_model,
+    load_tokenizer,
+    open_checkpoint,
+    save_adapter,
+)
+from ...device import Device
+from ...finetune.training import FineTuning
+from ...gpt import GPT, GPTConfig
+from ...nn import (
+    LoRAConfig,
+    Module,
+    adapter_names,
+    apply_lora,
+    merge_lora,
+    remove_lora,
+    trainable,
+)
+from ...nn.lora import IN_BLOCKS
+from ...tokenizer import FILES, TiktokenTokenizer, Tokenizer
+from ...train import TrainSettings
+from ..log import LOG
+from ..memory import check_memory, training_bytes
+from ..options import DATA, MODEL, TRAINING, option
+from ..run import PLOT, Run, Saved
+
+LORA = "LoRA"
+ADAPTER = "adapter"  # the directory of the adapter alone, in a run's
+ADAPTER_FILES = tuple(f"{ADAPTER}/{name}" for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+EVALUATIONS = 2  # validation losses and checkpoints in an epoch, if nothing is said
+LR = 0.1  # by a model's width: 1.3e-4 for GPT-2's 768 channels, 7.8e-4 for 128
+LORA_LR = 4  # times as much for adapters, which begin as nothing
+LESS = "use --dtype bfloat16, --recompute, --lora, a smaller --batch-size (with --accumulate)"
+# What makes a run: with --resume it is as it was.
+SHAPE = ["data", "model", "max_length", "dropout", "batch_size", "accumulate", "lr", "min_lr"]
+SHAPE += ["warmup", "weight_decay", "eval_interval", "recompute", "seed", "keep", "dtype", "lora"]
+SHAPE += ["lora_alpha", "lora_dropout", "lora_targets"]
+
+Data = Annotated[Path | None, option("What to learn from.", DATA, metavar="FILE")]
+Model = Annotated[
+    str | None,
+    option(
+        "The model to begin with: a directory that `train` has made, or a model's name on Hugging "
+        "Face, such as gpt2.",
+        MODEL,
+        metavar="DIR|NAME",
+    ),
+]
+MaxLength = Annotated[
+    int | None,
+    option("Longer texts are cut; without: the model's context.", DATA, min=1),
+]
+DropoutRate = Annotated[
+    float, option("Probability of dropout, in training only; below 1.", MODEL, min=0)
+]
+Epochs = Annotated[int, option("Times that the data is gone through.", TRAINING, min=1)]
+BatchSize = Annotated[int, option("Rows that are computed at a time.", TRAINING, min=1)]
+LearningRate = Annotated[
+    float | None,
+    option(
+        f"Highest learning rate; without: {LR:g} / width, {LORA_LR} times it with --lora.", TRAINING
+    ),
+]
+Warmup = Annotated[
+    int | None,
+    option("Steps until the highest learning rate; without: a 10th of them.", TRAINING, min=0),
+]
+EvalInterval = Annotated[
+    int | None,
+    option(
+        "Steps from one validation loss and checkpoint to the next; without: half an epoch.",
+        TRAINING,
+        min=1,
+    ),
+]
+Lora = Annotated[
+    int | None,
+    option(
+        "Train adapters of this rank, and nothing else of the model's blocks.",
+        LORA,
+        "--lora",
+        metavar="RANK",
+        min=1,
+    ),
+]
+LoraAlpha = Annotated[
+    float | None, option("Adapters are scaled by alpha / rank; without: twice the rank.", LORA)
+]
+LoraDropout = Annotated[float, option("Probability of dropout before an adapter.", LORA, min=0)]
+LoraTargets = Annotated[
+    list[str] | None,
+    option(
+        "How the names of layers with adapters end, such as qkv; may be repeated. Without: "
+        f"{', '.join(IN_BLOCKS)}.",
+        LORA,
+        "--lora-target",
+        metavar="NAME",
+    ),
+]
+
+
+@dataclass
+class Tuning(Run):
+    """A fine-tuning run."""
+
+    length = "--epochs"
+    less = f"{LESS} or --max-length"
+    files = (CONFIG, WEIGHTS, LOG, PLOT, *FILES, *ADAPTER_FILES)
+
+    def save_adapter(self, model: Module) -> None:
+        """The adapter alone, in PEFT's format, if there is one."""
+        if adapter_names(model):
+            save_adapter(model, self.directory / ADAPTER)
+
+
+def check_given(**required: Any) -> None:
+    """Raises ValueError for an option that a new run cannot do without."""
+    for name, value in required.items():
+        if value is None:
+            raise ValueError(f"--{name} is missing: a new run needs it, or add --resume to go on")
+
+
+def check_dropout(options: dict[str, Any]) -> None:
+    for name in ("dropout", "lora_dropout"):
+        if not options[name] < 1:  # nan neither
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {options[name]:g} leaves nothing to learn: give below 1")
+
+
+def open_model(options: dict[str, Any], where: Device) -> tuple[GPT, Tokenizer]:
+    """The model to begin with, in NumPy's memory and float32, and its tokenizer."""
+    check_dropout(options)
+    cfg = open_checkpoint(options["model"]).cfg
+    check_memory(where, 4 * cfg.num_parameters(), "use a smaller --model")
+    gpt = load_model(options["model"], drop_rate=options["dropout"])
+    tokenizer = load_tokenizer(options["model"], gpt)
+    if isinstance(tokenizer, TiktokenTokenizer):
+        tokenizer = tokenizer.to_bpe()  # once, not each time that it is saved
+    return gpt, tokenizer
+
+
+def longest(options: dict[str, Any], cfg: GPTConfig) -> int:
+    """The tokens that a row may have. Raises ValueError for more than the model's."""
+    asked = options["max_length"] or cfg.context_length
+    if asked > cfg.context_length:
+        raise ValueError(
+            f"--max-length {asked} is more than the model's context of {cfg.context_length} tokens"
+        )
+    return asked
+
+
+def add_adapters(model: Module, options: dict[str, Any]) -> None:
+    """With --lora: adapters, which alone train then."""
+    if options["lora"] is None:
+        for name in ("lora_alpha", "lora_targets", "lora_dropout"):
+            if options[name]:
+                flag = "--" + name.replace("_", "-").removesuffix("s")
+                raise ValueError(f"{flag} is for adapters: give their rank, too, with --lora")
+        return
+    rank, alpha = options["lora"], options["lora_alpha"]
+    alpha = 2 * rank if alpha is None else alpha
+    targets = options["lora_targets"] or IN_BLOCKS
+    apply_lora(model, LoRAConfig(rank, alpha, options["lora_dropout"], targets))
+
+
+def settings_for(
+    options: dict[str, Any],
+    cfg: GPTConfig,
+    rows: int,
+    context: int,
+    epochs: int,
+    patience: int | None,
+) -> TrainSettings:
+    """Those of a run on so many rows of data."""
+
+    def or_else(name, default):
+        return default if options[name] is None else options[name]
+
+    per_epoch = steps_per_epoch(options, rows)
+    lr = or_else("lr", LR / cfg.emb_dim * (LORA_LR if options["lora"] else 1))
+    return TrainSettings(
+        steps=epochs * per_epoch,
+        batch_size=options["batch_size"],
+        context=context,
+        accumulate=options["accumulate"],
+        lr=lr,
+        min_lr=or_else("min_lr", lr / 10),
+        warmup_steps=or_else("warmup", epochs * per_epoch // 10),
+        weight_decay=options["weight_decay"],
+        eval_interval=or_else("eval_interval", -(-per_epoch // EVALUATIONS)),  # rounded up
+        patience=patience,
+        recompute=options["recompute"],
+        seed=options["seed"],
+        threads=options["threads"],
+    )
+
+
+def steps_per_epoch(options: dict[str, Any], rows: int) -> int:
+    """Raises ValueError if there are fewer rows than one step takes."""
+    per_step = options["batch_size"] * options["accumulate"]
+    if rows < per_step:
+        raise ValueError(
+            f"there are {rows:,} rows to train on, and a step takes {per_step:,}: give more data, "
+            "or a smaller --batch-size or --accumulate"
+        )
+    return rows // per_step
+
+
+def more_steps(saved: Saved, epochs: int | None, rows: int) -> int | None:
+    """The steps of so many epochs. Raises ValueError if there were more before."""
+    if epochs is None:
+        return None
+    per_epoch = steps_per_epoch(saved.options, rows)
+    before = saved.trainer["settings"]["steps"] // per_epoch
+    if epochs < before:
+        raise ValueError(
+            f"--epochs {epochs} is less than the {before} of the run in {saved.directory}: raise it"
+        )
+    return epochs * per_epoch
+
+
+def memory_for(model: Module, cfg: GPTConfig, options: dict[str, Any], where: Device) -> int:
+    """Bytes that training takes. Raises ValueError if they are not there.
+
+    cfg     the model's, with the context and vocabulary (or classes) that its logits are of
+    """
+    needed = training_bytes(cfg, options, where, trainable(model))
+    check_memory(where, needed, f"{LESS} or --max-length")
+    return needed
+
+
+def whole(model: Module) -> Module:
+    """The model itself or, if it has an adapter, a copy with that merged into the weights."""
+    if not adapter_names(model):
+        return model
+    model = copy.deepcopy(model)
+    merge_lora(model)
+    remove_lora(model)
+    return model
+
+
+def what_trains(model: Module, trainer: FineTuning) -> str:
+    """A line for the screen."""
+    trained, everything = trainable(model)
+    steps, per_step = trainer.settings.steps, "{:,} {}".format(*trainer.per_step)
+    share = "all" if trained == everything else f"{trained:,} ({trained / everything:.2%})"
+    return (
+        f"of {everything:,} parameters {share} train for {steps:,} steps of {per_step}, "
+        f"{trainer.batches.batches_per_epoch:,} in an epoch"
+    )
+
+
+def seeded(options: dict[str, Any]) -> None:
+    """What is drawn from here on, a new head, adapters and masks, repeats with --seed."""
+    random.manual_seed(options["seed"])
