@@ -1,17 +1,21 @@
 """`tinygrad-llm chat` as users run it: piped lines, a terminal, Ctrl-C; and what it remembers."""
 
 import contextlib
+import json
 import os
 import pty
 import select
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+from test_cli import call
 
 from tinygrad_llm.checkpoint import load_model, load_tokenizer, save_model
-from tinygrad_llm.cli.chat import Conversation, PlainTemplate
+from tinygrad_llm.cli.chat import Conversation, PlainTemplate, _answer
+from tinygrad_llm.finetune import TEMPLATES, save_template
 from tinygrad_llm.generate import stream, stream_text
 from tinygrad_llm.gpt import GPT, GPTConfig
 from tinygrad_llm.random import Generator
@@ -48,11 +52,16 @@ def run(directory, lines, *options):
     )
 
 
-def conversation(directory, **options):
+def opened(directory):
     gpt = load_model(directory)
-    tokenizer = load_tokenizer(directory, gpt)
+    return gpt, load_tokenizer(directory, gpt)
+
+
+def conversation(directory, template=None, system=None, **options):
+    gpt, tokenizer = opened(directory)
     options = {"max_tokens": 12, "temperature": 0, "vocab_size": tokenizer.vocab_size, **options}
-    return Conversation(gpt, tokenizer, PlainTemplate(), options.pop("max_tokens"), options)
+    template, longest = template or PlainTemplate(), options.pop("max_tokens")
+    return Conversation(gpt, tokenizer, template, longest, options, system)
 
 
 GREEDY = ["--temperature", 0, "--max-tokens", 12]
@@ -60,8 +69,7 @@ GREEDY = ["--temperature", 0, "--max-tokens", 12]
 
 def said(directory, messages, memory=True):
     """The replies, written out with nothing but stream."""
-    gpt = load_model(directory)
-    tokenizer = load_tokenizer(directory, gpt)
+    gpt, tokenizer = opened(directory)
     before, replies = "", []
     for message in messages:
         ids = tokenizer.encode_ordinary(f"{before}User: {message}\nAssistant:")
@@ -118,7 +126,7 @@ def test_the_same_seed_gives_the_same_chat(directory):
     ],
 )
 def test_what_is_wrong_ends_it_before_it_begins(directory, options, part):
-    done = run(directory, ["hello"], *options)
+    done = call("chat", "--model", directory, *options)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("tinygrad-llm: ") and done.stderr.count("\n") == 1
     assert part in done.stderr
@@ -178,6 +186,7 @@ def test_ctrl_c_ends_the_reply_and_not_the_chat(tmp_path):
 
 def test_ctrl_c_at_the_prompt_ends_the_chat(directory):
     chat = Terminal(directory)
+    chat.wait_for(b"template: plain\r\n/reset")
     chat.wait_for(b"> ")
     for _ in range(10):  # readline misses a signal that comes just before it waits for a key
         chat.process.send_signal(signal.SIGINT)
@@ -185,6 +194,161 @@ def test_ctrl_c_at_the_prompt_ends_the_chat(directory):
             chat.process.wait(timeout=5)
             break
     assert chat.process.returncode == 130
+
+
+# --- templates ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def taught(request, tmp_path_factory):
+    """(directory, template): a model that says what ends a reply after eight tokens."""
+    template, directory = TEMPLATES[request.param], tmp_path_factory.mktemp(request.param)
+    tokenizer = BPETokenizer.train(TEXT, 290)
+    shape = {"emb_dim": 16, "n_heads": 2, "n_layers": 2, "tie_weights": False}
+    gpt = GPT(GPTConfig(tokenizer.vocab_size, 512, **shape), Generator(0), init="torch")
+    template.add_tokens(tokenizer, gpt)
+    *before, ninth = stream(gpt, template.ids(tokenizer, [], "hello"), 9, 0)
+    assert ninth not in before
+    swapped = [ninth, tokenizer.token_to_id(template.end)]
+    gpt.out_head.weight.data[swapped] = gpt.out_head.weight.data[swapped[::-1]]
+    save_model(gpt, directory, tokenizer)
+    save_template(directory, template)
+    return directory, template
+
+
+def answers(directory, template, messages, system=None):
+    """The replies, written out with nothing but the template and stream."""
+    gpt, tokenizer = opened(directory)
+    turns, lengths = [], []
+    for message in messages:
+        ids = template.ids(tokenizer, turns, message, system)
+        new = list(stream(gpt, ids, 12, 0, stop_id=template.stop_ids(tokenizer)))
+        turns.append((message, template.extract(tokenizer.decode(new))))
+        lengths.append(len(new))
+    return [reply for _, reply in turns], lengths
+
+
+def printed(replies):
+    return [line.strip() for line in "\n".join(replies).split("\n")]
+
+
+def shown(done):
+    return [line.strip() for line in done.stdout.split("\n")[:-1]]
+
+
+OTHER = {"alpaca": "phi3", "phi3": "alpaca", "chatml": "plain"}
+SENSE = "is asked: replies may make no sense\n"
+
+
+def test_it_speaks_as_the_model_was_trained_to(taught):
+    directory, template = taught
+    lines = ["hello", "good day"]
+    replies, lengths = answers(directory, template, lines)
+    assert lengths[0] == 8  # the ninth token ended it
+    done = run(directory, lines, *GREEDY)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert shown(done) == printed(replies)
+    assert replies[1] != answers(directory, template, lines[1:])[0][0]  # what was said counts
+
+
+def test_another_template_with_a_warning(taught):
+    directory, template = taught
+    other = OTHER[template.name]
+    done = run(directory, ["hello"], *GREEDY, "--template", other)
+    trained = f"this model was trained with the template {template.name}, {other}"
+    assert (done.returncode, done.stderr) == (0, f"{trained} {SENSE}")
+    expected, _ = answers(directory, TEMPLATES.get(other, PlainTemplate()), ["hello"])
+    assert expected != answers(directory, template, ["hello"])[0]
+    assert shown(done) == printed(expected)
+
+
+def test_its_own_template_and_another_system_prompt(taught):
+    """Asked for by name, which is no reason to warn."""
+    directory, template = taught
+    done = run(directory, ["hello"], *GREEDY, "--template", template.name, "--system", "Be brief.")
+    assert (done.returncode, done.stderr) == (0, "")
+    expected, _ = answers(directory, template, ["hello"], "Be brief.")
+    assert expected != answers(directory, template, ["hello"])[0]
+    assert shown(done) == printed(expected)
+
+
+def test_a_template_for_a_model_that_was_trained_with_none(directory):
+    done = run(directory, ["hello"], *GREEDY, "--template", "phi3")
+    assert (done.returncode, done.stderr) == (
+        0, f"this model was not trained with a template, phi3 {SENSE}"
+    )  # fmt: skip
+    expected, _ = answers(directory, TEMPLATES["phi3"], ["hello"])
+    assert expected != said(directory, ["hello"])
+    assert shown(done) == printed(expected)
+    done = run(directory, ["hello"], *GREEDY, "--template", "plain")
+    assert (done.stdout.strip(), done.stderr) == (said(directory, ["hello"])[0], "")
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """A model with a template that is none of ours."""
+    path = untrained(tmp_path_factory.mktemp("foreign"), context_length=64)
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ messages }}"
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_a_template_that_is_none_of_ours_can_be_replaced(foreign):
+    done = run(foreign, ["hello"], *GREEDY, "--template", "phi3")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert shown(done) == printed(answers(foreign, TEMPLATES["phi3"], ["hello"])[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ([], ["tokenizer_config.json has a chat template that is none of alpaca", "--template"]),
+        (["--template", "vicuna"], ["--template", "'vicuna'", "plain", "alpaca", "chatml"]),
+        (["--template", "chatml"], ["chatml needs the special tokens <|im_start|>, <|im_end|>"]),
+        (["--template", "plain", "--system", "Hi"], ["plain has no system prompt", "--system"]),
+        (["--template", "alpaca"], ["125 tokens", "52 fit beside", "--system or", "--max-tokens"]),
+        (["--template", "phi3", "--system", "no, " * 70], ["phi3 makes", "a shorter --system"]),
+        (["--template", "phi3", "--system", b"Gr\xf6\xdfe"], ["--system is not UTF-8"]),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_template(directory, foreign, options, parts):
+    """One line: no warning comes before it."""
+    command = ["chat", "--model", directory if options else foreign, "--max-tokens", 12]
+    done = call(*command, *map(os.fsdecode, options))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("tinygrad-llm: ") and done.stderr.count("\n") == 1
+    for part in parts:
+        assert part in done.stderr
+
+
+def test_a_system_prompt_stays_when_turns_go(taught):
+    directory, template = taught
+    talk = conversation(directory, template, "Be brief.")
+    talk.turns = [("hello there", "good day")] * 40
+    reply = "".join(talk.reply("hello"))
+    assert 0 < len(talk.turns) < 40
+    ids = template.ids(talk.tokenizer, talk.turns, "hello", "Be brief.")
+    assert len(ids) + 12 <= 512
+    new = list(stream(talk.model, ids, 12, 0, stop_id=template.stop_ids(talk.tokenizer)))
+    assert reply == talk.tokenizer.decode(new)
+
+
+def test_a_reply_ends_at_the_texts_that_a_template_names(taught):
+    directory, template = taught
+    talk = conversation(directory, template)
+    reply = "".join(talk.reply("hello"))
+    talk.template = replace(template, stop=("never", reply[3:5]))
+    assert "".join(talk.reply("hello")) == reply.split(reply[3:5])[0]
+
+
+def test_of_a_reply_the_template_says_what_is_remembered(taught, monkeypatch, capsys):
+    directory, template = taught
+    talk = conversation(directory, template)
+    written = [template.assistant[0], "good ", "day", template.end, "\nmore"]
+    monkeypatch.setattr(talk, "reply", lambda message: iter(written))
+    _answer(talk, "hello")
+    assert talk.turns == [("hello", "good day")]
 
 
 # --- what it remembers ----------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from test_cli import ENVIRONMENT, assert_refused, on_a_terminal, run, start, wait_for
+from test_cli import ENVIRONMENT, assert_refused, call, on_a_terminal, run, start, wait_for
 
 from tinygrad_llm import cli
 from tinygrad_llm.check import LAWS, laws, mutants
@@ -90,7 +90,10 @@ def expected_rows(names):
 
 @pytest.fixture(scope="module")
 def everything():
-    return run("check")
+    """With an example for each law: tests/test_laws.py tries all the trials with as many as the
+    command has unless told.
+    """
+    return run("check", "--examples", 1)
 
 
 def test_every_op_and_kernel_obeys_every_law(everything):
@@ -139,7 +142,8 @@ def test_a_narrow_screen_gets_the_columns_in_blocks(monkeypatch):
 
 
 def test_the_same_seed_gives_the_same_errors():
-    first, same, other = (run("check", "gelu", "--seed", s).stdout for s in (3, 3, 4))
+    few = ["check", "gelu", "--examples", 2]
+    first, same, other = (run(*few, "--seed", s).stdout for s in (3, 3, 4))
     assert errors_of(first) == errors_of(same) != errors_of(other)
 
 
@@ -313,7 +317,7 @@ def test_checking_refuses(folder, arguments, parts):
     (folder / "raises.py").write_text("def f():\n    # never\n    return 1 / 0\n\nf()")
     (folder / "exits.py").write_text("import sys\nsys.exit(3)")
     (folder / "taken.py").write_text(RIGHT.replace("class softplus", "class softmax"))
-    done = run("check", *shlex.split(arguments), cwd=folder)
+    done = call("check", *shlex.split(arguments), cwd=folder)
     assert_refused(done, *parts)
     assert done.stdout == ""
 
@@ -333,7 +337,7 @@ class looked_up:
     def vjp(xp, g, y, t, v):
         return None, None
 ''')
-    assert_refused(run("check", "ids.py", "--mutants", cwd=folder), "no bugs", "looked_up")
+    assert_refused(call("check", "ids.py", "--mutants", cwd=folder), "no bugs", "looked_up")
 
 
 def test_help_explains_every_option():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_cli import ENVIRONMENT, assert_refused, on_a_terminal, run, start, wait_for
+from test_cli import ENVIRONMENT, assert_refused, call, on_a_terminal, run, start, wait_for
 
 from tinygrad_llm.data import open_tokens
 from tinygrad_llm.tokenizer import (
@@ -127,31 +127,31 @@ def test_bad_input(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(ENVIRONMENT, "TINYGRAD_LLM_DATA", str(folder / "corpora"))
     out, text = tmp_path / "tokens.npy", folder / "a.txt"
     ours = ["--out", out, "--tokenizer", folder / "tokenizer"]
-    assert_refused(run("data", "get", "verdict"), "there is no corpus 'verdict'")
-    assert_refused(run("data", "get", "the-verdict"), "is not the file expected")
-    assert_refused(run("data"), "see tinygrad-llm data --help")
-    assert_refused(run("data", "prepare", text), "see tinygrad-llm data prepare --help")
-    assert_refused(run("data", "prepare", tmp_path / "no.txt", *ours), "no.txt does not exist")
+    assert_refused(call("data", "get", "verdict"), "there is no corpus 'verdict'")
+    assert_refused(call("data", "get", "the-verdict"), "is not the file expected")
+    assert_refused(call("data"), "see tinygrad-llm data --help")
+    assert_refused(call("data", "prepare", text), "see tinygrad-llm data prepare --help")
+    assert_refused(call("data", "prepare", tmp_path / "no.txt", *ours), "no.txt does not exist")
     wrong = ["--out", out, "--tokenizer", tmp_path / "none"]
-    assert_refused(run("data", "prepare", text, *wrong), "is no directory with a tokenizer")
+    assert_refused(call("data", "prepare", text, *wrong), "is no directory with a tokenizer")
     wrong[-1] = tmp_path  # without a tokenizer in it
-    assert_refused(run("data", "prepare", text, *wrong), "is no directory with a tokenizer")
+    assert_refused(call("data", "prepare", text, *wrong), "is no directory with a tokenizer")
     wrong[-1] = tmp_path / "words"
     WordTokenizer.train("to be", (), None).save(wrong[-1])
-    assert_refused(run("data", "prepare", text, *wrong), "a.txt: 'or' is not in the vocabulary")
+    assert_refused(call("data", "prepare", text, *wrong), "a.txt: 'or' is not in the vocabulary")
     nowhere = ["--out", tmp_path / "no" / "t.npy", "--tokenizer", folder / "tokenizer"]
-    assert_refused(run("data", "prepare", text, *nowhere), "there is no folder")
+    assert_refused(call("data", "prepare", text, *nowhere), "there is no folder")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    assert_refused(run("data", "prepare", tmp_path / "binary", *ours), "looks like UTF-16: if it")
+    assert_refused(call("data", "prepare", tmp_path / "binary", *ours), "looks like UTF-16: if it")
     os.mkfifo(tmp_path / "pipe")
-    assert_refused(run("data", "prepare", tmp_path / "pipe", *ours), "is a pipe or device")
-    assert_refused(run("data", "prepare", text, "--out", ""), "--out names no file: give the path")
+    assert_refused(call("data", "prepare", tmp_path / "pipe", *ours), "is a pipe or device")
+    assert_refused(call("data", "prepare", text, "--out", ""), "--out names no file: give the path")
     assert not out.exists()
     out.symlink_to(tmp_path / "nowhere")
-    assert_refused(run("data", "prepare", text, *ours), "exists, and would be lost")
+    assert_refused(call("data", "prepare", text, *ours), "exists, and would be lost")
     out.unlink()
     out.write_bytes(b"mine")
-    assert_refused(run("data", "prepare", text, *ours), "exists, and would be lost")
+    assert_refused(call("data", "prepare", text, *ours), "exists, and would be lost")
     assert out.read_bytes() == b"mine"
 
 

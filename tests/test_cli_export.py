@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from test_checkpoint import make_model
-from test_cli import files_of, run
+from test_cli import call, files_of, run
 
 from tinygrad_llm.checkpoint import load_model, load_tokenizer
 from tinygrad_llm.tokenizer import BPETokenizer
@@ -77,7 +77,7 @@ def test_numbers_that_float16_has_not(tmp_path, source):
 def test_bad_input_is_one_line(tmp_path, source, arguments, words):
     before = files_of(source)
     paths, options = arguments[:2], arguments[2:]
-    done = run("export", *(tmp_path / path for path in paths), *options)
+    done = call("export", *(tmp_path / path for path in paths), *options)
     assert done.returncode == 2 and done.stdout == "" and words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert files_of(source) == before and not (tmp_path / "new").exists()

@@ -5,7 +5,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from test_cli import run
+from test_cli import call, run
 
 from tinygrad_llm.checkpoint import save_model
 from tinygrad_llm.cli.info import in_bytes, kept_numbers
@@ -170,6 +170,6 @@ def test_different_models(pair, tmp_path):
     ],
 )
 def test_bad_input_is_one_line(arguments, words):
-    done = run("info", *arguments)
+    done = call("info", *arguments)
     assert done.returncode == 2 and done.stdout == "" and words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

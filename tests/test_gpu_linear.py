@@ -173,7 +173,6 @@ IN_PRODUCT = {
     matmul: [
         Mutant("the last column does not exist", "(j < m)[None", "(j < m - 1)[None"),
         Mutant("the last row does not exist", "(i < n)[:, None]", "(i < n - 1)[:, None]"),
-        Mutant("every part starts at the same k", "z * steps * BK if", "0 * steps * BK if"),
         Mutant("both halves go to the left", "j + part * (BN // len(parts))", "j"),
         Mutant("every group is the first", "return group * GROUP + within", "return within"),
         Mutant("the last group is like all", "tl.minimum(tiles_i - group * GROUP, GROUP)", "GROUP"),
@@ -185,6 +184,7 @@ IN_PRODUCT = {
         Mutant("y is not added to but replaced", "u += _load(y, at_y", "u = _load(y, at_y"),
     ],
     linear_layer: [
+        Mutant("every part starts at the same k", "z * steps * BK if", "0 * steps * BK if"),
         Mutant("the first columns' bias for all", "js = j + tl.arange", "js = tl.arange"),
         Mutant("the residual replaces what it is added to", "u += r.to", "u = r.to"),
         Mutant("half of u is kept", "1), i, j, n, m, u, TMA)", "1), i, j, n, m, u * 0.5, TMA)"),

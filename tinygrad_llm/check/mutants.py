@@ -31,9 +31,9 @@ from .lawbook import laws
 from .trial import LawError
 
 _ENGINE = {"tensor": inspect.getmodule(Tensor), "backend": backend}
-_ENGINE_OPS = (  # which between them use all of the engine
-    "add", "getitem", "maximum", "relu", "linear", "layer_norm", "attention", "max", "embedding",
-    "where", "cast", "matmul", "sum", "reshape", "broadcast_to", "concat",
+_ENGINE_OPS = (  # which between them use all of the engine; in the order that finds bugs soonest
+    "add", "getitem", "maximum", "relu", "cast", "max", "linear", "layer_norm", "attention",
+    "embedding", "where", "matmul", "sum", "reshape", "broadcast_to", "concat",
 )  # fmt: skip
 _TYPOS = (NameError, AttributeError, SyntaxError)
 
