@@ -4,15 +4,13 @@ import json
 import shlex
 import signal
 import subprocess
-import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import test_cli
 from test_cli import COMMAND, ENVIRONMENT, assert_refused, files_of
 from test_finetune_training import COLOURS, entries, texts
 
-from tinygrad_llm import cli
 from tinygrad_llm.checkpoint import (
     load_adapter,
     load_model,
@@ -28,19 +26,8 @@ TEXT = " ".join([*COLOURS, *COLOURS.values(), "is wide in spring by the river co
 QUICK = ["--batch-size", "4", "--threads", "1", "--device", "cpu", "--epochs", "2"]
 
 
-@pytest.fixture
-def call(capsys, monkeypatch):
-    """Runs the command in this process; the result has returncode, stdout and stderr."""
-
-    def called(line, *more):
-        monkeypatch.setattr(sys, "argv", ["tinygrad-llm", *shlex.split(line), *map(str, more)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        out, err = capsys.readouterr()
-        return SimpleNamespace(returncode=exit.value.code, stdout=out, stderr=err)
-
-    return called
+def call(line, *more):
+    return test_cli.call(*shlex.split(line), *more)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +68,7 @@ def classifier(folder):
     return folder / "classes", ok(done)
 
 
-def test_a_classifier_from_the_command_line(classifier, call):
+def test_a_classifier_from_the_command_line(classifier):
     directory, said = classifier
     assert "60 texts: blue 20, green 20, grey 20" in said
     assert "42 to train, 6 to validate and 12 to test with" in said
@@ -116,7 +103,7 @@ def test_a_classifier_from_the_command_line(classifier, call):
     )
 
 
-def test_many_texts_are_classified_as_each_alone(classifier, call, folder):
+def test_many_texts_are_classified_as_each_alone(classifier, folder):
     lines = ["the sea is wide", "a stone", "trees " * 50]
     (folder / "some.txt").write_text("\n".join(lines) + "\n")
     found = [
@@ -134,7 +121,7 @@ def test_many_texts_are_classified_as_each_alone(classifier, call, folder):
         )
 
 
-def test_a_run_that_is_done_writes_what_is_missing_and_can_be_made_longer(classifier, call):
+def test_a_run_that_is_done_writes_what_is_missing_and_can_be_made_longer(classifier):
     directory, _ = classifier
     (directory / "scores.json").unlink()
     weights = (directory / "model.safetensors").read_bytes()
@@ -149,7 +136,7 @@ def test_a_run_that_is_done_writes_what_is_missing_and_can_be_made_longer(classi
     assert "step 90/90" in said
 
 
-def test_adapters_of_a_classifier(call, folder):
+def test_adapters_of_a_classifier(folder):
     ok(
         call(
             "finetune classify --data colours.tsv --model base --out low --lora 2",
@@ -169,7 +156,7 @@ def test_adapters_of_a_classifier(call, folder):
 # --- instructions ---------------------------------------------------------------------------------
 
 
-def test_instructions_from_the_command_line(call, folder):
+def test_instructions_from_the_command_line(folder):
     line = "finetune instruct --data entries.json --model base --out told --max-new-tokens 4"
     line = f"{line} --response-only --packing --template chatml"
     said = ok(call(line, *QUICK, "--batch-size", "2"))
@@ -193,7 +180,7 @@ def test_instructions_from_the_command_line(call, folder):
     assert read_entries(told / "responses.json") != marked
 
 
-def test_an_adapter_alone_makes_the_same_model(call, folder):
+def test_an_adapter_alone_makes_the_same_model(folder):
     line = "finetune instruct --data entries.json --model base --out by_lora --lora 2"
     ok(call(f"{line} --max-new-tokens 0", *QUICK))
     base, whole = load_model("base"), load_model("by_lora")
@@ -202,7 +189,7 @@ def test_an_adapter_alone_makes_the_same_model(call, folder):
     np.testing.assert_allclose(base.eval()(ids).data, whole.eval()(ids).data, atol=1e-5)
 
 
-def test_new_words_are_learned_beside_adapters(call, folder):
+def test_new_words_are_learned_beside_adapters(folder):
     line = (
         "finetune instruct --data entries.json --model base --out words --lora 2 --max-new-tokens 0"
     )
@@ -223,7 +210,7 @@ def test_new_words_are_learned_beside_adapters(call, folder):
     ],
     ids=["classify", "instruct"],
 )
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, folder, call, line):
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, folder, line):
     command = f"{line} --model {folder / 'base'} --batch-size 2 --threads 1 --device cpu"
     command += " --eval-interval 7"
     ok(call(command, "--out", tmp_path / "straight"))
@@ -246,7 +233,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, folder, call, line):
     assert killed == straight
 
 
-def test_other_commands_do_not_go_on_with_it(classifier, call):
+def test_other_commands_do_not_go_on_with_it(classifier):
     for name in ("train", "finetune instruct"):
         assert_refused(
             call(f"{name} --out classes --resume"),
@@ -289,7 +276,7 @@ def test_other_commands_do_not_go_on_with_it(classifier, call):
         ("instruct --data entries.json --model base --template llama", ["llama"]),
     ],
 )  # fmt: skip
-def test_wrong_input(call, folder, arguments, parts):
+def test_wrong_input(folder, arguments, parts):
     files = {
         "one.tsv": "a\tx\na\ty\n",
         "empty.tsv": "a\tx\nb\t \n",
@@ -317,6 +304,6 @@ def test_wrong_input(call, folder, arguments, parts):
         ("--model classes --batch gap.txt", ["gap.txt has no text in line 2"]),
     ],
 )
-def test_wrong_texts_to_classify(classifier, call, folder, arguments, parts):
+def test_wrong_texts_to_classify(classifier, folder, arguments, parts):
     (folder / "gap.txt").write_text("a\n\nb\n")
     assert_refused(call(f"classify {arguments}"), *parts)

@@ -154,7 +154,7 @@ def test_a_classifier_learns_and_validates_on_everything():
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_gpt_learns_to_respond(packing):
-    _, rows, new = instruction(120, packing=packing, lr=1e-2, eval_interval=120, batch_size=2)
+    _, rows, new = instruction(400, packing=packing, lr=1e-2, eval_interval=400, batch_size=2)
     trainer = new()
     before, after = (report.val_loss for report in trainer.run() if report.val_loss is not None)
     assert after < 0.5 < before
@@ -165,6 +165,17 @@ def test_a_gpt_learns_to_respond(packing):
         stop = template.stop_ids(TOKENIZER)
         (row,) = generate(trainer.model, [ids], 12, temperature=0, stop_id=stop)
         assert template.extract(TOKENIZER.decode(row[len(ids) :])) == entry["output"]
+
+
+def test_rows_of_one_width_have_the_same_loss():
+    template, model = get_template("alpaca"), make_gpt(context=256).eval()
+    some = entries(6)  # of up to 143 tokens
+    narrow, wide = (Instructions(some, TOKENIZER, template, 250, trim=t) for t in (True, False))
+    longest = max(map(len, wide.texts))
+    for rows in ([0, 1], [5], [2, 3, 4]):
+        a, b = narrow.batch(rows), wide.batch(rows)
+        assert {x.shape for x in b} == {(len(rows), longest)}
+        assert model.loss(*a).item() == pytest.approx(model.loss(*b).item(), rel=1e-5)
 
 
 def test_of_the_best_weights_only_those_are_kept_that_train():

@@ -148,7 +148,7 @@ def load_model(
     if checkpoint.classes is not None:
         raise ValueError(
             f"{checkpoint.directory} holds a classifier, and no language model: open it with "
-            "GPTClassifier.from_pretrained"
+            "`tinygrad-llm classify`, or GPTClassifier.from_pretrained"
         )
     cfg = checkpoint.cfg
     if drop_rate is not None:

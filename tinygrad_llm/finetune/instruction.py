@@ -183,6 +183,8 @@ class Instructions:
     response_only   the loss counts the responses, and not the prompts (the book's exercise 7.2)
     too_long        of entries with more tokens: "truncate" cuts the end off, "drop" leaves them
                     out, "refuse" raises ValueError
+    trim            pad a batch only to its own longest text; False: to that of all (a GPU records
+                    its steps for one shape)
     first           the number of the first entry, for what an error says
 
     `texts` are the ids of each entry, without the end that `collate` adds; `prompt_lengths` says
@@ -200,6 +202,7 @@ class Instructions:
         max_length: int,
         response_only: bool = False,
         too_long: str = "truncate",
+        trim: bool = True,
         first: int = 1,
     ):
         if too_long not in ("truncate", "drop", "refuse"):
@@ -227,6 +230,7 @@ class Instructions:
             raise ValueError(f"there is no entry of at most {max_length:,} tokens to learn from")
         self.prompt_lengths = np.array(prompt_lengths)  # (N,)
         self._end = tokenizer.end_of_text
+        self._width = 0 if trim else min(self.max_length, max(map(len, self.texts)))
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -240,7 +244,12 @@ class Instructions:
         """Inputs and targets of these entries, as `collate` makes them: each (B, T)."""
         prompts = self.prompt_lengths[indices] if self.response_only else None
         texts = [self.texts[i] for i in indices]
-        return collate(texts, self._end, IGNORED, self.max_length, prompts)
+        inputs, targets = collate(texts, self._end, IGNORED, self.max_length, prompts)
+        room = ((0, 0), (0, max(self._width - inputs.shape[1], 0)))
+        return (
+            np.pad(inputs, room, constant_values=self._end),
+            np.pad(targets, room, constant_values=IGNORED),
+        )
 
     def packed(self) -> Packed:
         """The same inputs and targets in rows of max_length, several entries in each, as segments:

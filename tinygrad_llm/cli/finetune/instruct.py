@@ -237,7 +237,7 @@ def _new(
     new_words = not set(template.special_tokens) <= set(tokenizer.special_tokens)
     template.add_tokens(tokenizer, gpt)
     options["max_length"] = tuning.longest(options, gpt.cfg)
-    (train, test, validation), n_too_long = _rows(parts, tokenizer, template, options)
+    (train, test, validation), n_too_long = _rows(parts, tokenizer, template, options, where)
     tuning.add_adapters(gpt, options)
     if new_words:  # their vectors are to be learned, also beside adapters
         gpt.tok_emb.requires_grad_()
@@ -276,7 +276,7 @@ def _resumed(
     directory, options = saved.directory, saved.options
     parts = [_saved_part(directory / name) for name in PARTS]
     template, tokenizer = get_template(options["template"]), load(directory)
-    (train, test, validation), _ = _rows(parts, tokenizer, template, options)
+    (train, test, validation), _ = _rows(parts, tokenizer, template, options, where)
     steps = tuning.more_steps(saved, epochs, len(train))
     state = saved.trainer
     trainer = InstructionTrainer.resume(state, train, validation, steps, patience, where.name)
@@ -297,12 +297,14 @@ def _rows(
     tokenizer: Tokenizer,
     template: ChatTemplate,
     options: dict[str, Any],
+    where: Device,
 ) -> tuple[list[Rows], int]:
     """The parts as datasets, and how many entries in them are too long. Errors name entries by
     their place in the whole file.
     """
     found, first, n_too_long = [], 1, 0
-    settings = options["max_length"], options["response_only"], options["too_long"]
+    settings = [options[name] for name in ("max_length", "response_only", "too_long")]
+    settings.append(where.name == "cpu")
     for entries in parts:
         rows = Instructions(entries, tokenizer, template, *settings, first)
         found.append(rows.packed() if options["packing"] else rows)
