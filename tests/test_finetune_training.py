@@ -190,6 +190,9 @@ def test_of_the_best_weights_only_those_are_kept_that_train():
     weights = dict(best.named_parameters())
     for name, array in (frozen | trainer.best_weights).items():
         np.testing.assert_array_equal(weights[name].data, array)
+    for name, parameter in trainer.model.named_parameters():  # one model takes the memory of both
+        shared = weights[name].data is parameter.data
+        assert shared == (name in frozen) and weights[name].grad is None
 
 
 def test_too_little_data_for_a_step():

@@ -161,6 +161,21 @@ def test_a_copy_is_independent():
     assert net.scale.data[0] == 2
 
 
+def test_a_copy_with_other_arrays_shares_the_rest():
+    net = Net()
+    net.head.weight.requires_grad_(False)
+    net(Tensor(np.ones((1, 3), np.float32))).sum().backward()
+    other = net.copy_with({"scale": np.array([5.0], np.float32)})
+    assert other.scale.data[0] == 5 and net.scale.data[0] == 2
+    assert other.head.weight is other.layers[1].weight is not net.head.weight
+    assert other.first_again is other.layers[0]
+    kept = zip(list(net.named_parameters())[1:], list(other.named_parameters())[1:])
+    for (name, mine), (same, theirs) in kept:
+        assert name == same and mine.data is theirs.data
+        assert mine.requires_grad == theirs.requires_grad and theirs.grad is None
+    assert other.angles.data is net.angles.data and type(other.angles) is Buffer
+
+
 # --- state_dict -----------------------------------------------------------------------------------
 
 

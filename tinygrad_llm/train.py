@@ -3,7 +3,6 @@
 `Trainer.training_step` is all of it in ten lines; the rest is measuring, checking and remembering.
 """
 
-import copy
 import hashlib
 import math
 import time
@@ -19,6 +18,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from . import __version__, precision, random
 from .data import RandomBatches, Windows
 from .data.files import atomic_write
+from .device import of
 from .generate import evaluating
 from .gpt import GPT, GPTConfig
 from .nn import Module, no_init
@@ -225,12 +225,12 @@ class Training(ABC):
         return min(self._counted(), key=lambda evaluation: evaluation[1])
 
     def best_model(self) -> Module:
-        """With patience, a copy of the model as it was at its `best`; without, the model itself."""
+        """With patience, a copy of the model as it was at its `best`, in NumPy's memory; what is
+        frozen is not copied there. Without, the model itself.
+        """
         if self.best_weights is None:
             return self.model
-        model = copy.deepcopy(self.model).to("cpu")
-        model.load_state_dict(self.best_weights, strict=False)  # what is frozen it has
-        return model
+        return self.model.copy_with(self.model.state_dict() | _copied(self.best_weights))
 
     @property
     def out_of_patience(self) -> bool:
@@ -263,9 +263,8 @@ class Training(ABC):
 
     def _keep_weights(self) -> None:
         if self.settings.patience is not None:
-            trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
-            weights = self.model.state_dict()
-            self.best_weights = _copied({n: a for n, a in weights.items() if n in trained})
+            trained = ((n, p.data) for n, p in self.model.named_parameters() if p.requires_grad)
+            self.best_weights = {name: np.array(of(a).numpy(a)) for name, a in trained}
 
     @abstractmethod
     def validation_loss(self) -> float:

@@ -4,6 +4,7 @@ A layer is a class with `forward`. Every Parameter and Module among its attribut
 the order in which they were first set: there is no other registration.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -175,6 +176,16 @@ class Module:
                 f"{type(self).__name__} has parameters on {' and '.join(sorted(where))}"
             )
         return where.pop()
+
+    def copy_with(self, arrays: dict[str, np.ndarray]) -> "Module":
+        """A copy whose parameters and buffers have these arrays, by dotted name, and this module's
+        own where there is none: they are shared, and nothing large is copied. It has no gradients.
+        """
+        copied = {}  # by the identity of what is copied, as copy.deepcopy has it
+        for name, tensor in self._saved():
+            new = type(tensor)(arrays.get(name, tensor.data))
+            copied[id(tensor)] = new.requires_grad_(tensor.requires_grad)
+        return copy.deepcopy(self, copied)
 
     # --- saving and loading ---
 

@@ -1,6 +1,5 @@
 """What the commands that fine-tune have in common: their options, settings and adapters."""
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -242,10 +241,12 @@ def memory_for(model: Module, cfg: GPTConfig, options: dict[str, Any], where: De
 
 
 def whole(model: Module) -> Module:
-    """The model itself or, if it has an adapter, a copy with that merged into the weights."""
+    """The model itself or, if it has an adapter, one with that merged into the weights, which
+    shares all others.
+    """
     if not adapter_names(model):
         return model
-    model = copy.deepcopy(model)
+    model = model.copy_with({})
     merge_lora(model)
     remove_lora(model)
     return model
