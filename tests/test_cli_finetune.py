@@ -17,6 +17,8 @@ from tinygrad_llm.checkpoint import (
     load_tokenizer,
     save_model,
 )
+from tinygrad_llm.cli.finetune.classify import Classification
+from tinygrad_llm.cli.run import new_directory
 from tinygrad_llm.finetune import GPTClassifier, read_entries, saved_template
 from tinygrad_llm.gpt import GPT, GPTConfig
 from tinygrad_llm.random import Generator
@@ -221,7 +223,10 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, folder, line):
             pass
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL, "it ended by itself: more epochs"
-    assert not (tmp_path / "killed" / "test.scores").exists()
+    results = {"scores.json", "confusion.png", "responses.json"}
+    assert not results & {path.name for path in (tmp_path / "killed").iterdir()}
+    for path in list((tmp_path / "killed").rglob("*config.json")):  # also that of the adapter
+        path.with_name(f".{path.name}.1.tmp").touch()
     name = " ".join(line.split()[:2])
     ok(call(f"{name} --resume --device cpu", "--out", tmp_path / "killed", *line.split()[-2:]))
     straight, killed = (files_of(tmp_path / which) for which in ("straight", "killed"))
@@ -231,6 +236,30 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, folder, line):
             {k: v for k, v in s.items() if k not in ("seconds", "memory")} for s in steps
         ]
     assert killed == straight
+
+
+def test_nothing_stays_of_a_run_that_could_not_begin(tmp_path):
+    """Its adapter included; nor of one that was killed before its first checkpoint."""
+    out = tmp_path / "runs" / "1"
+
+    def begin(adapter):
+        with new_directory(Classification, out) as (directory, held):
+            held.close()
+            if adapter:
+                (directory / "adapter").mkdir(exist_ok=True)
+                (directory / "adapter" / "adapter_config.json").write_text("{}")
+            raise KeyboardInterrupt
+
+    for adapter in (True, False):
+        with pytest.raises(KeyboardInterrupt):
+            begin(adapter)
+        assert list(tmp_path.iterdir()) == []
+    (out / "adapter").mkdir(parents=True)
+    for name in (".incomplete", "adapter/adapter_config.json"):
+        (out / name).touch()
+    with new_directory(Classification, out) as (_, held):
+        assert not (out / "adapter").exists()
+    held.close()
 
 
 def test_other_commands_do_not_go_on_with_it(classifier):

@@ -96,6 +96,8 @@ def new_directory(kind: type[Run], out: Path | None) -> Iterator[tuple[Path, Bin
     directory = _made_directory(out)
     held = _locked(directory)
     check_free(kind, directory)  # another process may have had it in the meantime
+    if (directory / INCOMPLETE).exists():  # of a run that was killed: its adapter, say, is not ours
+        _remove_results(kind, directory)
     try:
         (directory / INCOMPLETE).touch()
         yield directory, held
@@ -160,8 +162,12 @@ def _locked(directory: Path) -> BinaryIO:
 
 
 def _remove_results(kind: type[Run], directory: Path) -> None:
-    for path in (*checkpoints(directory), *(directory / name for name in kind.results)):
+    ours = [directory / name for name in kind.results]
+    for path in (*checkpoints(directory), *ours):
         path.unlink(missing_ok=True)
+    for folder in {path.parent for path in ours} - {directory}:
+        with contextlib.suppress(OSError):  # there is none, or something else is in it
+            folder.rmdir()
     shutil.rmtree(directory / EVENTS, ignore_errors=True)
     (directory / INCOMPLETE).unlink(missing_ok=True)
 
@@ -321,6 +327,6 @@ def _set_later_aside(out: Path, path: Path, screen: Screen) -> None:
 def _remove_strays(kind: type[Run], out: Path) -> None:
     """What a kill has left behind: of the first save, and of a file that was being replaced."""
     (out / INCOMPLETE).unlink(missing_ok=True)
-    for name in kind.results:
-        for stray in out.glob(f".{name}.*.tmp"):
+    for path in (out / name for name in kind.results):
+        for stray in path.parent.glob(f".{path.name}.*.tmp"):
             stray.unlink(missing_ok=True)
