@@ -236,6 +236,9 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, folder, line):
             {k: v for k, v in s.items() if k not in ("seconds", "memory")} for s in steps
         ]
     assert killed == straight
+    if "--lora" in line:
+        straight, killed = (files_of(tmp_path / f"{which}/adapter") for which in ("straight", "killed"))
+        assert killed == straight
 
 
 def test_nothing_stays_of_a_run_that_could_not_begin(tmp_path):

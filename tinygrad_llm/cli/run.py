@@ -293,12 +293,18 @@ def _is_whole(path: Path) -> bool:
 
 def _check_same_options(out: Path, given: dict[str, Any], saved: dict[str, Any]) -> None:
     for name, value in given.items():
-        if value != saved[name]:
-            flag = "--" + name.replace("_", "-")
+        if value == saved[name]:
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flag = f"--{flag}" if value else f"--no-{flag}"
             raise ValueError(
-                f"{flag} {_shown(value)} does not fit the run in {out}, which was started with "
-                f"{_shown(saved[name])}: leave {flag} out"
+                f"{flag} does not fit the run in {out}, which was started without it: leave it out"
             )
+        raise ValueError(
+            f"--{flag} {_shown(value)} does not fit the run in {out}, which was started with "
+            f"{_shown(saved[name])}: leave --{flag} out"
+        )
 
 
 def _was_finished(trainer: Training, length: str) -> str:

@@ -65,7 +65,7 @@ from .tuning import (
     Lora,
     LoraAlpha,
     LoraDropout,
-    LoraTargets,
+    LoraTarget,
     MaxLength,
     Model,
     Tuning,
@@ -120,7 +120,7 @@ def classify(
     lora: Lora = None,
     lora_alpha: LoraAlpha = None,
     lora_dropout: LoraDropout = 0.0,
-    lora_targets: LoraTargets = None,
+    lora_target: LoraTarget = None,
     epochs: Epochs = 5,
     batch_size: BatchSize = 8,
     accumulate: Accumulate = 1,
@@ -235,7 +235,7 @@ def _new(
 ) -> Classification:
     """Everything up to the first step. Nothing is written before all input has been checked."""
     check_free(Classification, out)
-    tuning.check_given(data=options["data"], model=options["model"])
+    tuning.check_options(options)
     if options["lora"] and options["layers"] != "all":
         raise ValueError("--lora trains adapters and the head: leave --layers out")
     tables = _parts(options, screen)

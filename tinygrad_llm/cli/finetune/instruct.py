@@ -66,7 +66,7 @@ from .tuning import (
     Lora,
     LoraAlpha,
     LoraDropout,
-    LoraTargets,
+    LoraTarget,
     MaxLength,
     Model,
     Tuning,
@@ -97,7 +97,7 @@ def instruct(
     lora: Lora = None,
     lora_alpha: LoraAlpha = None,
     lora_dropout: LoraDropout = 0.0,
-    lora_targets: LoraTargets = None,
+    lora_target: LoraTarget = None,
     response_only: Annotated[
         bool, option("The loss counts the responses only.", TRAINING, "--response-only")
     ] = False,
@@ -229,7 +229,7 @@ def _new(
 ) -> Instruction:
     """Everything up to the first step. Nothing is written before all input has been checked."""
     check_free(Instruction, out)
-    tuning.check_given(data=options["data"], model=options["model"])
+    tuning.check_options(options)
     parts = split_entries(read_entries(options["data"]))
     template = get_template(options["template"])
     gpt, tokenizer = tuning.open_model(options, where)

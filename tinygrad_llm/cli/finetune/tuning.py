@@ -45,7 +45,7 @@ LESS = "use --dtype bfloat16, --recompute, --lora, a smaller --batch-size (with 
 # What makes a run: with --resume it is as it was.
 SHAPE = ["data", "model", "max_length", "dropout", "batch_size", "accumulate", "lr", "min_lr"]
 SHAPE += ["warmup", "weight_decay", "eval_interval", "recompute", "seed", "keep", "dtype", "lora"]
-SHAPE += ["lora_alpha", "lora_dropout", "lora_targets"]
+SHAPE += ["lora_alpha", "lora_dropout", "lora_target"]
 
 Data = Annotated[Path | None, option("What to learn from.", DATA, metavar="FILE")]
 Model = Annotated[
@@ -98,13 +98,12 @@ LoraAlpha = Annotated[
     float | None, option("Adapters are scaled by alpha / rank; without: twice the rank.", LORA)
 ]
 LoraDropout = Annotated[float, option("Probability of dropout before an adapter.", LORA, min=0)]
-LoraTargets = Annotated[
+LoraTarget = Annotated[
     list[str] | None,
     option(
         "How the names of layers with adapters end, such as qkv; may be repeated. Without: "
         f"{', '.join(IN_BLOCKS)}.",
         LORA,
-        "--lora-target",
         metavar="NAME",
     ),
 ]
@@ -124,23 +123,23 @@ class Tuning(Run):
             save_adapter(model, self.directory / ADAPTER)
 
 
-def check_given(**required: Any) -> None:
-    """Raises ValueError for an option that a new run cannot do without."""
-    for name, value in required.items():
-        if value is None:
+def check_options(options: dict[str, Any]) -> None:
+    """Raises ValueError for what a new run lacks, and what no data or model is needed to refuse."""
+    for name in ("data", "model"):
+        if options[name] is None:
             raise ValueError(f"--{name} is missing: a new run needs it, or add --resume to go on")
-
-
-def check_dropout(options: dict[str, Any]) -> None:
     for name in ("dropout", "lora_dropout"):
         if not options[name] < 1:  # nan neither
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} {options[name]:g} leaves nothing to learn: give below 1")
+    for name in ("lora_alpha", "lora_target", "lora_dropout"):
+        if options[name] and options["lora"] is None:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} is for adapters: give their rank, too, with --lora")
 
 
 def open_model(options: dict[str, Any], where: Device) -> tuple[GPT, Tokenizer]:
     """The model to begin with, in NumPy's memory and float32, and its tokenizer."""
-    check_dropout(options)
     cfg = open_checkpoint(options["model"]).cfg
     check_memory(where, 4 * cfg.num_parameters(), "use a smaller --model")
     gpt = load_model(options["model"], drop_rate=options["dropout"])
@@ -163,14 +162,10 @@ def longest(options: dict[str, Any], cfg: GPTConfig) -> int:
 def add_adapters(model: Module, options: dict[str, Any]) -> None:
     """With --lora: adapters, which alone train then."""
     if options["lora"] is None:
-        for name in ("lora_alpha", "lora_targets", "lora_dropout"):
-            if options[name]:
-                flag = "--" + name.replace("_", "-").removesuffix("s")
-                raise ValueError(f"{flag} is for adapters: give their rank, too, with --lora")
         return
     rank, alpha = options["lora"], options["lora_alpha"]
     alpha = 2 * rank if alpha is None else alpha
-    targets = options["lora_targets"] or IN_BLOCKS
+    targets = options["lora_target"] or IN_BLOCKS
     apply_lora(model, LoRAConfig(rank, alpha, options["lora_dropout"], targets))
 
 
