@@ -134,8 +134,10 @@ def test_a_run_that_is_done_writes_what_is_missing_and_can_be_made_longer(classi
     assert_refused(
         call("finetune classify --out classes --resume --epochs 7"), "--epochs 7 is less than the 8"
     )
+    scores = (directory / "scores.json").read_bytes()
     said = ok(call("finetune classify --out classes --resume --epochs 9 --device cpu"))
-    assert "step 90/90" in said
+    assert "step 90/90" in said and (directory / "scores.json").exists()
+    assert (directory / "scores.json.aside").read_bytes() == scores  # of the model before
 
 
 def test_adapters_of_a_classifier(folder):
@@ -163,7 +165,7 @@ def test_instructions_from_the_command_line(folder):
     line = f"{line} --response-only --packing --template chatml"
     said = ok(call(line, *QUICK, "--batch-size", "2"))
     assert "24 entries: 20 to train, 2 to test and 2 to validate with" in said
-    assert "loss on 2 entries that it has not seen" in said and "rouge l" in said
+    assert "loss on the entries to test with" in said and "rouge l" in said
     told = folder / "told"
     assert saved_template(told).name == "chatml"
     responses = read_entries(told / "responses.json")
@@ -237,7 +239,9 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, folder, line):
         ]
     assert killed == straight
     if "--lora" in line:
-        straight, killed = (files_of(tmp_path / f"{which}/adapter") for which in ("straight", "killed"))
+        straight, killed = (
+            files_of(tmp_path / f"{which}/adapter") for which in ("straight", "killed")
+        )
         assert killed == straight
 
 

@@ -42,7 +42,8 @@ def launch(
             if tensorboard:
                 summary_writer()  # before anything else: is there one?
             where, said = chosen(device, kernels)
-            run = opened(where)
+            with enough_memory(where, "use a smaller model or a smaller --batch-size"):
+                run = opened(where)
         screen.say(said)
         return _train(run, screen)
     except KeyboardInterrupt:  # before the first step, or the second one after it

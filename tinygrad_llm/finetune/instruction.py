@@ -188,7 +188,8 @@ class Instructions:
     first           the number of the first entry, for what an error says
 
     `texts` are the ids of each entry, without the end that `collate` adds; `prompt_lengths` says
-    how many of them are its prompt; `n_too_long` counts the entries that were cut or left out.
+    how many of them are its prompt; `n_too_long` counts the entries that were cut or left out; the
+    longest row has `longest` inputs.
     Raises ValueError, which names the entry, for one that is refused, and, with response_only, one
     whose prompt leaves no room for a response; for special tokens that the tokenizer lacks; and if
     no entry is left.
@@ -229,8 +230,8 @@ class Instructions:
         if not self.texts:
             raise ValueError(f"there is no entry of at most {max_length:,} tokens to learn from")
         self.prompt_lengths = np.array(prompt_lengths)  # (N,)
-        self._end = tokenizer.end_of_text
-        self._width = 0 if trim else min(self.max_length, max(map(len, self.texts)))
+        self.longest = min(self.max_length, max(map(len, self.texts)))
+        self._end, self._width = tokenizer.end_of_text, 0 if trim else self.longest
 
     def __len__(self) -> int:
         return len(self.texts)

@@ -28,7 +28,7 @@ from ...finetune import (
     write_entries,
 )
 from ...finetune.training import ClassifierTrainer
-from ...nn import lora_layers
+from ...nn import lora_layers, trainable
 from ...parallel import default_threads
 from ...tokenizer import Tokenizer, load
 from ..device import DeviceName, Dtype, DtypeName, Kernels
@@ -169,7 +169,8 @@ class Classification(Tuning):
     """A GPT that learns to tell classes apart."""
 
     command = "finetune classify"
-    results = (*Tuning.files, *PARTS, CONFUSION, SCORES)
+    of_the_end = (CONFUSION, SCORES)
+    results = (*Tuning.files, *PARTS, *of_the_end)
     loss_of = "text"
 
     tables: tuple[Table, Table, Table]
@@ -206,10 +207,11 @@ class Classification(Tuning):
     def _test(self) -> tuple[dict[str, Any], Scores]:
         """What goes into scores.json, beside what words alone tell; and the scores."""
         train, _, test = self.tables
-        model, words = self.trainer.best_model(), WordClassifier(train)
+        where = self.trainer.update.where  # the best model of a GPU comes from NumPy's memory
+        model, words = self.trainer.best_model().to(where), WordClassifier(train)
+        built = model.arguments
 
         def tested(table):
-            built, where = model.arguments, self.trainer.update.where
             data = _dataset(table, self.tokenizer, built, where)
             return *evaluate(model, data, self.options["batch_size"]), words.evaluate(table)
 
@@ -259,7 +261,8 @@ def _new(
         )
     model.head.requires_grad_()
     settings = tuning.settings_for(options, gpt.cfg, len(train), train.max_length, epochs, patience)
-    memory = _memory(model, options, where)
+    cfg = replace(gpt.cfg, vocab_size=len(train.classes))
+    memory = tuning.memory_for(cfg, trainable(model), settings.context, options, where)
     data = (_dataset(table, tokenizer, model.arguments, where) for table in tables[:2])
     trainer = ClassifierTrainer(model.to(where), *data, settings, options["dtype"])
     with new_directory(Classification, out) as (directory, lock):
@@ -285,16 +288,18 @@ def _resumed(
     """The run as it was saved, on the parts of the data that lie beside it."""
     directory, state = saved.directory, saved.trainer
     classes = state["classifier"]["classes"]
-    tables = tuple(_saved_part(directory / name, classes) for name in PARTS)
+    paths = [tuning.saved_part(directory, name) for name in PARTS]
+    tables = tuple(read_table(path, classes=classes) for path in paths)
     tokenizer = load(directory)
     data = [_dataset(table, tokenizer, state["classifier"], where) for table in tables[:2]]
     steps = tuning.more_steps(saved, epochs, len(data[0]))
+    memory = tuning.memory_to_go_on(saved, where, len(classes))
     trainer = ClassifierTrainer.resume(state, *data, steps, patience, where.name)
-    memory = _memory(trainer.model, saved.options, where)
     log = saved.go_on(Classification, trainer, tensorboard, screen)
     run = Classification(
         directory, saved.lock, log, trainer, tokenizer, saved.options, memory, tables
     )
+    run.set_aside(screen)
     run.save_model()  # that of a later checkpoint may be there, or none
     return run
 
@@ -341,15 +346,6 @@ def _rows(table: Table) -> Iterator[dict[str, str]]:
         yield {"text": text, "label": table.classes[label]}
 
 
-def _saved_part(path: Path, classes: list[str]) -> Table:
-    if not path.exists():
-        raise ValueError(
-            f"{path}, a part of the data of this run, is gone: put it back, or start a new run "
-            "with another --out"
-        )
-    return read_table(path, classes=classes)
-
-
 def _dataset(
     table: Table, tokenizer: Tokenizer, built: dict[str, Any], where: Device
 ) -> ClassificationDataset:
@@ -358,11 +354,6 @@ def _dataset(
     """
     trim = where.name == "cpu" and built["position"] != "last_padded"
     return ClassificationDataset(table, tokenizer, built["max_length"], built["pad_id"], trim=trim)
-
-
-def _memory(model: GPTClassifier, options: dict[str, Any], where: Device) -> int:
-    sizes = {"vocab_size": len(model.classes), "context_length": model.max_length}
-    return tuning.memory_for(model, replace(model.cfg, **sizes), options, where)
 
 
 # --- scores ---------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """`tinygrad-llm finetune instruct`: instructions with responses, and a model that follows them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from textwrap import indent
@@ -29,11 +29,12 @@ from ...finetune.matches import matches
 from ...finetune.training import InstructionTrainer, held_out_loss
 from ...generate import generate
 from ...gpt import GPT
+from ...nn import trainable
 from ...parallel import default_threads
 from ...tokenizer import Tokenizer, load
 from ..device import DeviceName, Dtype, DtypeName, Kernels
 from ..launch import given_options, launch
-from ..log import Log, free_name
+from ..log import Log
 from ..options import (
     DATA,
     RUN,
@@ -157,7 +158,8 @@ class Instruction(Tuning):
     """A GPT that learns to follow instructions."""
 
     command = "finetune instruct"
-    results = (*Tuning.files, *PARTS, RESPONSES)
+    of_the_end = (RESPONSES,)
+    results = (*Tuning.files, *PARTS, *of_the_end)
     loss_of = "token"
 
     template: ChatTemplate
@@ -187,9 +189,10 @@ class Instruction(Tuning):
 
     def finish(self, screen: Screen) -> None:
         """Tests it, on entries that nothing was chosen by."""
-        model = tuning.whole(self.trainer.best_model())
+        where = self.trainer.update.where  # the best one of a GPU comes from NumPy's memory
+        model = tuning.whole(self.trainer.best_model()).to(where)
         loss = held_out_loss(model, self.test_rows, self.options["batch_size"])
-        screen.say(f"loss on {len(self.test):,} entries that it has not seen: {loss:.3f}")
+        screen.say(f"loss on the entries to test with: {loss:.3f}")
         if self.options["max_new_tokens"]:
             self._respond(model, screen)
         screen.say(f"model, tokenizer and prompt template: {self.directory}")
@@ -242,10 +245,9 @@ def _new(
     if new_words:  # their vectors are to be learned, also beside adapters
         gpt.tok_emb.requires_grad_()
         gpt.out_head.requires_grad_()
-    settings = tuning.settings_for(
-        options, gpt.cfg, len(train), options["max_length"], epochs, patience
-    )
-    memory = _memory(gpt, options, where)
+    context = max(map(_longest, (train, validation)))
+    settings = tuning.settings_for(options, gpt.cfg, len(train), context, epochs, patience)
+    memory = tuning.memory_for(gpt.cfg, trainable(gpt), context, options, where)
     trainer = InstructionTrainer(gpt.to(where), train, validation, settings, options["dtype"])
     with new_directory(Instruction, out) as (directory, lock):
         for name, entries in zip(PARTS, parts):
@@ -274,20 +276,17 @@ def _resumed(
 ) -> Instruction:
     """The run as it was saved, on the parts of the data that lie beside it."""
     directory, options = saved.directory, saved.options
-    parts = [_saved_part(directory / name) for name in PARTS]
+    parts = [read_entries(tuning.saved_part(directory, name)) for name in PARTS]
     template, tokenizer = get_template(options["template"]), load(directory)
     (train, test, validation), _ = _rows(parts, tokenizer, template, options, where)
     steps = tuning.more_steps(saved, epochs, len(train))
+    memory = tuning.memory_to_go_on(saved, where)
     state = saved.trainer
     trainer = InstructionTrainer.resume(state, train, validation, steps, patience, where.name)
-    memory = _memory(trainer.model, options, where)
     log = saved.go_on(Instruction, trainer, tensorboard, screen)
-    path = directory / RESPONSES
-    if path.exists() and not trainer.finished:  # they are of the model before
-        aside = path.rename(free_name(path.with_name(f"{RESPONSES}.aside")))
-        screen.say(f"set aside, until you delete it: {aside}")
     asking = template, parts[1], test, parts[2][0]
     run = Instruction(directory, saved.lock, log, trainer, tokenizer, options, memory, *asking)
+    run.set_aside(screen)
     run.save_model()  # that of a later checkpoint may be there, or none
     return run
 
@@ -312,15 +311,6 @@ def _rows(
     return found, n_too_long
 
 
-def _saved_part(path: Path) -> list[Entry]:
-    if not path.exists():
-        raise ValueError(
-            f"{path}, a part of the data of this run, is gone: put it back, or start a new run "
-            "with another --out"
-        )
-    return read_entries(path)
-
-
-def _memory(model: GPT, options: dict[str, Any], where: Device) -> int:
-    cfg = replace(model.cfg, context_length=options["max_length"])
-    return tuning.memory_for(model, cfg, options, where)
+def _longest(rows: Rows) -> int:
+    """Tokens of the longest row."""
+    return rows.inputs.shape[1] if isinstance(rows, Packed) else rows.longest

@@ -1,8 +1,8 @@
 """What the commands that fine-tune have in common: their options, settings and adapters."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from ... import random
 from ...checkpoint import (
@@ -30,10 +30,11 @@ from ...nn import (
 from ...nn.lora import IN_BLOCKS
 from ...tokenizer import FILES, TiktokenTokenizer, Tokenizer
 from ...train import TrainSettings
-from ..log import LOG
+from ..log import LOG, free_name
 from ..memory import check_memory, training_bytes
 from ..options import DATA, MODEL, TRAINING, option
 from ..run import PLOT, Run, Saved
+from ..screen import Screen
 
 LORA = "LoRA"
 ADAPTER = "adapter"  # the directory of the adapter alone, in a run's
@@ -116,11 +117,20 @@ class Tuning(Run):
     length = "--epochs"
     less = f"{LESS} or --max-length"
     files = (CONFIG, WEIGHTS, LOG, PLOT, *FILES, *ADAPTER_FILES)
+    of_the_end: ClassVar[tuple[str, ...]]  # the files that tell of the model after the last step
 
     def save_adapter(self, model: Module) -> None:
         """The adapter alone, in PEFT's format, if there is one."""
         if adapter_names(model):
             save_adapter(model, self.directory / ADAPTER)
+
+    def set_aside(self, screen: Screen) -> None:
+        """Where training goes on, renames what tells of the model as it was before."""
+        paths = [self.directory / name for name in self.of_the_end]
+        for path in paths if not self.trainer.finished else ():
+            if path.exists():
+                aside = path.rename(free_name(path.with_name(f"{path.name}.aside")))
+                screen.say(f"set aside, until you delete it: {aside}")
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -167,6 +177,17 @@ def add_adapters(model: Module, options: dict[str, Any]) -> None:
     alpha = 2 * rank if alpha is None else alpha
     targets = options["lora_target"] or IN_BLOCKS
     apply_lora(model, LoRAConfig(rank, alpha, options["lora_dropout"], targets))
+
+
+def saved_part(directory: Path, name: str) -> Path:
+    """A part of the data of a run that goes on. Raises ValueError if it is not there."""
+    path = directory / name
+    if not path.exists():
+        raise ValueError(
+            f"{path}, a part of the data of this run, is gone: put it back, or start a new run "
+            "with another --out"
+        )
+    return path
 
 
 def settings_for(
@@ -225,14 +246,29 @@ def more_steps(saved: Saved, epochs: int | None, rows: int) -> int | None:
     return epochs * per_epoch
 
 
-def memory_for(model: Module, cfg: GPTConfig, options: dict[str, Any], where: Device) -> int:
+def memory_for(
+    cfg: GPTConfig, numbers: tuple[int, int], context: int, options: dict[str, Any], where: Device
+) -> int:
     """Bytes that training takes. Raises ValueError if they are not there.
 
-    cfg     the model's, with the context and vocabulary (or classes) that its logits are of
+    cfg         the model's; a classifier's with its classes as the vocabulary
+    numbers     how many numbers train and how many there are
+    context     the tokens of the longest row
     """
-    needed = training_bytes(cfg, options, where, trainable(model))
+    needed = training_bytes(replace(cfg, context_length=context), options, where, numbers)
     check_memory(where, needed, f"{LESS} or --max-length")
     return needed
+
+
+def memory_to_go_on(saved: Saved, where: Device, vocab_size: int | None = None) -> int:
+    """The same of a run that was saved, before its model is made; vocab_size: as in memory_for."""
+    state = saved.trainer
+    cfg = GPTConfig.from_dict(state["config"])
+    cfg = replace(cfg, vocab_size=vocab_size or cfg.vocab_size)
+    sizes = {name: array.size for name, array in state["model"].items()}
+    everything, frozen = sum(sizes.values()), sum(sizes[name] for name in state["frozen"])
+    numbers = everything - frozen, everything
+    return memory_for(cfg, numbers, state["settings"]["context"], saved.options, where)
 
 
 def whole(model: Module) -> Module:
