@@ -1,11 +1,16 @@
 """Fine-tuning as a whole: it learns, it is stopped and goes on bit for bit, and a state alone makes
 the model again, with its head and adapters."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from tinygrad_llm import random
 from tinygrad_llm.checkpoint import load_training_state, save_training_state
+from tinygrad_llm.cli.finetune.tuning import memory_for, memory_to_go_on
+from tinygrad_llm.cli.run import Saved
+from tinygrad_llm.device import device
 from tinygrad_llm.finetune import (
     ClassificationDataset,
     GPTClassifier,
@@ -17,7 +22,7 @@ from tinygrad_llm.finetune import (
 from tinygrad_llm.finetune.training import ClassifierTrainer, InstructionTrainer, held_out_loss
 from tinygrad_llm.generate import generate
 from tinygrad_llm.gpt import GPT, GPTConfig
-from tinygrad_llm.nn import LoRAConfig, apply_lora
+from tinygrad_llm.nn import LoRAConfig, apply_lora, trainable
 from tinygrad_llm.random import Generator
 from tinygrad_llm.tokenizer import END_OF_TEXT, BPETokenizer
 from tinygrad_llm.train import TrainSettings
@@ -136,6 +141,36 @@ def test_a_state_is_of_its_data():
     assert kind.resume(state, *wide).step == 0
     with pytest.raises(ValueError, match="can only be raised"):
         kind.resume(state, *rows, steps=3)
+    kind, rows, new = instruction(4)
+    state, shorter = new().state_dict(), Instructions(entries(), TOKENIZER, get_template("phi3"), 9)
+    with pytest.raises(ValueError, match="other data"):
+        kind.resume(state, shorter, rows[1])
+
+
+def test_data_that_do_not_fit_the_classifier():
+    _, rows, new = classification(2)
+    model, settings = new().model, new().settings
+    table = texts()
+    turned = Table.of(table.texts, [table.classes[i] for i in table.labels], table.classes[::-1])
+    turned = ClassificationDataset(turned, TOKENIZER)
+    for parts in ((rows[0], turned), (turned, rows[1])):
+        with pytest.raises(ValueError, match="the model tells blue, grey, green apart"):
+            ClassifierTrainer(model, *parts, settings)
+    model.position = "last_padded"  # and rows are trimmed
+    with pytest.raises(ValueError, match="no trim"):
+        ClassifierTrainer(model, *rows, settings)
+
+
+def test_memory_to_go_on_is_what_a_new_run_takes():
+    _, _, new = classification(2, lora=True)
+    trainer = new()
+    model, where = trainer.model, device("cpu")
+    options = {"dtype": "float32", "threads": 2, "recompute": False, "accumulate": 1}
+    options["batch_size"] = 4
+    saved = Saved(None, None, trainer.state_dict(), options)
+    cfg = replace(model.cfg, vocab_size=3)
+    expected = memory_for(cfg, trainable(model), 20, options, where)
+    assert memory_to_go_on(saved, where, 3) == expected
 
 
 def test_a_classifier_learns_and_validates_on_everything():

@@ -396,6 +396,14 @@ def evaluate(
     Raises ValueError for a data set with other classes than the model's and, if the model reads at
     the end of the row, with rows of another length than its max_length.
     """
+    check_fit(model, dataset)
+    logits = model._logits(dataset.rows, batch_size)
+    loss = F.cross_entropy(Tensor(logits), dataset.labels).item()
+    return loss, Scores.of(dataset.labels, logits.argmax(axis=-1), model.classes)
+
+
+def check_fit(model: GPTClassifier, dataset: ClassificationDataset) -> None:
+    """Raises ValueError as `evaluate` says."""
     if dataset.classes != model.classes:
         raise ValueError(
             f"the model tells {', '.join(model.classes)} apart, and the data has "
@@ -407,6 +415,3 @@ def evaluate(
             f"model's max_length; the data has rows of {dataset.max_length}: give both the same "
             "max_length, and no trim"
         )
-    logits = model._logits(dataset.rows, batch_size)
-    loss = F.cross_entropy(Tensor(logits), dataset.labels).item()
-    return loss, Scores.of(dataset.labels, logits.argmax(axis=-1), model.classes)

@@ -15,7 +15,7 @@ from ..gpt import GPT, GPTConfig
 from ..nn import Module, adapter_names, lora_layers, no_init, set_adapter
 from ..nn.lora import add_adapters
 from ..train import Training, TrainSettings, restore_model, settings_to_go_on
-from .classification import ClassificationDataset, GPTClassifier, evaluate
+from .classification import ClassificationDataset, GPTClassifier, check_fit, evaluate
 from .instruction import Instructions, mean_loss
 from .metrics import Scores
 
@@ -91,7 +91,7 @@ class FineTuning(Training):
 class ClassifierTrainer(FineTuning):
     """Trains what of the classifier is not frozen. `scores` are those of the last validation.
 
-    Raises ValueError for data with other classes than the model's.
+    Raises ValueError for data that do not fit the model, as `evaluate` does.
     """
 
     def __init__(
@@ -102,6 +102,8 @@ class ClassifierTrainer(FineTuning):
         settings: TrainSettings,
         dtype: DTypeLike | None = None,
     ):
+        for dataset in (train, validation):
+            check_fit(model, dataset)
         super().__init__(model, model.body, train, validation, settings, dtype)
         self.scores: Scores | None = None
 
@@ -158,7 +160,8 @@ def _content(dataset: Dataset) -> list[np.ndarray]:
     if isinstance(dataset, Packed):
         return [dataset.inputs, dataset.targets, dataset.segments]
     if isinstance(dataset, Instructions):
-        return [*dataset.texts, dataset.prompt_lengths, np.array(dataset.response_only)]
+        rest = dataset.max_length, dataset.response_only  # texts are cut as they are drawn
+        return [*dataset.texts, dataset.prompt_lengths, np.array(rest)]
     return [*dataset.rows, dataset.labels]
 
 
