@@ -255,6 +255,18 @@ def test_training_stops_when_validation_no_longer_improves(losses, patience, sto
     assert not longer.finished and next(longer.run()).step == stops + 1
 
 
+def test_the_state_of_an_earlier_version_goes_on():
+    straight = make_trainer()
+    list(straight.run())
+    first = make_trainer()
+    next(report for report in first.run() if report.step == 7)
+    state = first.state_dict()
+    state["windows"] = state.pop("batches")["generator"]  # all that it said of its batches
+    second = Trainer.resume(state, TOKENS[:500], TOKENS[500:])
+    list(second.run())
+    assert second.losses == straight.losses and second.evaluations == straight.evaluations
+
+
 def loss_of(model):
     return evaluate(model, TOKENS[500:], SETTINGS.context, SETTINGS.batch_size, 2)
 
