@@ -279,6 +279,8 @@ def test_other_commands_do_not_go_on_with_it(classifier):
         )
     done = call("finetune classify --out classes --resume --lora 8")
     assert_refused(done, "--lora 8 does not fit the run in classes", "leave --lora out")
+    done = call("finetune classify --out classes --resume --no-balance")
+    assert_refused(done, "--no-balance does not fit the run in classes", "leave it out")
 
 
 # --- wrong input ----------------------------------------------------------------------------------
@@ -299,6 +301,8 @@ def test_other_commands_do_not_go_on_with_it(classifier):
         ("classify --data colours.tsv --model base --max-length 999", ["--max-length 999", "256"]),
         ("classify --data colours.tsv --model base --lora 2 --layers head", ["leave --layers out"]),
         ("classify --data colours.tsv --model base --lora-alpha 2", ["--lora-alpha", "--lora"]),
+        ("classify --data colours.tsv --model base --lora 2 --lora-alpha 0", ["--lora-alpha 0"]),
+        ("classify --data colours.tsv --model base --lora-target qkv", ["--lora-target", "--lora"]),
         ("classify --data colours.tsv --model base --lora 2 --lora-target no", ["matches 'no'"]),
         ("classify --data colours.tsv --model base --dropout 1", ["--dropout 1"]),
         ("classify --data colours.tsv --model base --text-column 7", ["there is no column 7"]),

@@ -200,7 +200,7 @@ class Classification(Tuning):
         screen.say(
             f"scores and confusion matrix: {SCORES}, {CONFUSION}; its parts: {', '.join(PARTS)}"
         )
-        text = " ".join(test.texts[0].split()[:12])
+        text = " ".join(test.texts[0].split()[:12]).lstrip("-")  # it would look like an option
         line = self.command_line("classify", "--model", str(self.directory), text)
         screen.say(f"\ntry next: {line}")
 

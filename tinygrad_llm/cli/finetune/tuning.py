@@ -142,6 +142,10 @@ def check_options(options: dict[str, Any]) -> None:
         if not options[name] < 1:  # nan neither
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} {options[name]:g} leaves nothing to learn: give below 1")
+    if options["lora_alpha"] is not None and not options["lora_alpha"] > 0:
+        raise ValueError(
+            f"--lora-alpha {options['lora_alpha']:g} lets adapters do nothing: give above 0"
+        )
     for name in ("lora_alpha", "lora_target", "lora_dropout"):
         if options[name] and options["lora"] is None:
             flag = "--" + name.replace("_", "-")
