@@ -22,7 +22,7 @@ from tinygrad_llm.finetune import (
 from tinygrad_llm.finetune.training import ClassifierTrainer, InstructionTrainer, held_out_loss
 from tinygrad_llm.generate import generate
 from tinygrad_llm.gpt import GPT, GPTConfig
-from tinygrad_llm.nn import LoRAConfig, apply_lora, trainable
+from tinygrad_llm.nn import LoRAConfig, apply_lora, set_adapter, trainable
 from tinygrad_llm.random import Generator
 from tinygrad_llm.tokenizer import END_OF_TEXT, BPETokenizer
 from tinygrad_llm.train import TrainSettings
@@ -128,6 +128,28 @@ def test_what_was_stopped_ends_with_the_same_bits(tmp_path, name):
     batch = rows[1].batch([0, 1])
     model, same = resumed.best_model().eval(), straight.best_model().eval()
     assert model.loss(*batch).item() == same.loss(*batch).item()
+
+
+def test_a_state_has_all_adapters_and_which_one_trains(tmp_path):
+    kind, rows, new = instruction(3)
+    model = new().model
+    apply_lora(model, LoRAConfig(2, 4.0, targets=["up"]), "first")
+    apply_lora(model, LoRAConfig(3, 1.0, 0.1, ["blocks.1.*"], True, True), "second")
+    set_adapter(model, "first")
+    trainer = kind(model, *rows, new().settings)
+    next(report for report in trainer.run() if report.step == 2)
+    save_training_state(tmp_path / "state", trainer.state_dict())
+    resumed = kind.resume(load_training_state(tmp_path / "state"), *rows)
+    for each in (trainer, resumed):
+        assert len(list(each.run())) == 1
+    assert_same(resumed.state_dict(), trainer.state_dict())
+    batch = rows[1].batch([0, 1])
+    for name in ("first", "second", None):
+        losses = []
+        for each in (trainer.model.eval(), resumed.model.eval()):
+            set_adapter(each, name)
+            losses.append(each.loss(*batch).item())
+        assert losses[0] == losses[1]
 
 
 def test_a_state_is_of_its_data():

@@ -43,7 +43,8 @@ def classify(
         where, _ = chosen(device, kernels)
         needed = generation_bytes(open_checkpoint(model).cfg, min(BATCH, len(texts)), dtype)
         check_memory(where, needed, LESS)
-        classifier = GPTClassifier.from_pretrained(model, dtype).to(where)
+        with enough_memory(where, LESS):
+            classifier = GPTClassifier.from_pretrained(model, dtype).to(where)
         tokenizer = load_tokenizer(model, classifier)
     for start in range(0, len(texts), BATCH):
         some = texts[start : start + BATCH]

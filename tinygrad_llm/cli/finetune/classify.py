@@ -111,7 +111,12 @@ def classify(
     max_length: MaxLength = None,
     model: Model = None,
     position: Annotated[
-        Position, option("The token that the head reads at, or the mean of all.", MODEL)
+        Position,
+        option(
+            "Where the head reads: at a text's last token, its first, the mean of all, or the end "
+            "of the row, padding or not.",
+            MODEL,
+        ),
     ] = Position.last,
     layers: Annotated[
         Layers, option("What trains: these layers, and the new head.", MODEL)

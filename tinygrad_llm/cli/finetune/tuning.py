@@ -60,7 +60,7 @@ Model = Annotated[
 ]
 MaxLength = Annotated[
     int | None,
-    option("Longer texts are cut; without: the model's context.", DATA, min=1),
+    option("Most tokens of a text; without: the model's context.", DATA, min=1),
 ]
 DropoutRate = Annotated[
     float, option("Probability of dropout, in training only; below 1.", MODEL, min=0)
