@@ -184,13 +184,15 @@ def test_instructions_from_the_command_line(folder):
     assert read_entries(told / "responses.json") != marked
 
 
-def test_an_adapter_alone_makes_the_same_model(folder):
-    line = "finetune instruct --data entries.json --model base --out by_lora --lora 2"
-    ok(call(f"{line} --max-new-tokens 0", *QUICK))
-    base, whole = load_model("base"), load_model("by_lora")
-    load_adapter(base, folder / "by_lora" / "adapter")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_alone_makes_the_same_model(folder, dtype):
+    """To the last digits: what is merged is not rounded to 16 bits."""
+    line = f"finetune instruct --data entries.json --model base --out {dtype} --dtype {dtype}"
+    ok(call(f"{line} --lora 2 --max-new-tokens 0", *QUICK))
+    base, whole = load_model("base").to(dtype).to(np.float32), load_model(dtype)
+    load_adapter(base, folder / dtype / "adapter")
     # Memory is asked for by the longest row, not by all that the model could take.
-    assert 50 < test_cli.trainer_of("by_lora")["settings"]["context"] < base.cfg.context_length
+    assert 50 < test_cli.trainer_of(dtype)["settings"]["context"] < base.cfg.context_length
     ids = np.arange(12).reshape(2, 6)
     np.testing.assert_allclose(base.eval()(ids).data, whole.eval()(ids).data, atol=1e-5)
 

@@ -16,6 +16,7 @@ EVENTS = "tensorboard"
 SCALARS = {  # what TensorBoard calls the numbers of a step
     "loss": "loss/training",
     "val_loss": "loss/validation",
+    "val_accuracy": "accuracy/validation",
     "perplexity": "perplexity",
     "learning_rate": "learning_rate",
     "grad_norm": "grad_norm",

@@ -190,7 +190,7 @@ class Instruction(Tuning):
     def finish(self, screen: Screen) -> None:
         """Tests it, on entries that nothing was chosen by."""
         where = self.trainer.update.where  # the best one of a GPU comes from NumPy's memory
-        model = tuning.whole(self.trainer.best_model()).to(where)
+        model = self.trainer.best_model().to(where)
         loss = held_out_loss(model, self.test_rows, self.options["batch_size"])
         screen.say(f"loss on the entries to test with: {loss:.3f}")
         if self.options["max_new_tokens"]:

@@ -23,6 +23,7 @@ from ...nn import (
     Module,
     adapter_names,
     apply_lora,
+    lora_layers,
     merge_lora,
     remove_lora,
     trainable,
@@ -276,12 +277,14 @@ def memory_to_go_on(saved: Saved, where: Device, vocab_size: int | None = None) 
 
 
 def whole(model: Module) -> Module:
-    """The model itself or, if it has an adapter, one with that merged into the weights, which
-    shares all others.
+    """What to save: the model itself or, if it has an adapter, one with that merged into the
+    weights. These are in float32 then, as they are saved; all others are shared.
     """
     if not adapter_names(model):
         return model
     model = model.copy_with({})
+    for layer in lora_layers(model).values():
+        layer.to(dtype="float32")  # in 16 bits, most of what an adapter adds would be rounded away
     merge_lora(model)
     remove_lora(model)
     return model
