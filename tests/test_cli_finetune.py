@@ -201,7 +201,8 @@ def test_new_words_are_learned_beside_adapters(folder):
     line = (
         "finetune instruct --data entries.json --model base --out words --lora 2 --max-new-tokens 0"
     )
-    ok(call(f"{line} --template chatml", *QUICK))
+    said = ok(call(f"{line} --template chatml", *QUICK))
+    assert "special tokens that are new" in said and "the adapter is not written alone" in said
     assert not (folder / "words" / "adapter").exists()  # which would not hold them
     before, after = (load_model(name).tok_emb.weight.data for name in ("base", "words"))
     assert len(after) > len(before) and not np.array_equal(after[: len(before)], before)

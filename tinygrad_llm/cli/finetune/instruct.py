@@ -169,7 +169,7 @@ class Instruction(Tuning):
 
     def save_model(self) -> None:
         best = self.trainer.best_model()
-        if not best.tok_emb.weight.requires_grad:
+        if not best.tok_emb.weight.requires_grad:  # else its files could not hold all that trains
             self.save_adapter(best)
         with together():
             save_model(tuning.whole(best), self.directory, self.tokenizer)
@@ -263,6 +263,11 @@ def _new(
         longest = options["max_length"]
         screen.say(f"{n_too_long:,} of them have more than {longest:,} tokens: they are {done}")
     screen.say(tuning.what_trains(gpt, trainer))
+    if new_words and options["lora"]:
+        screen.say(
+            "the template has special tokens that are new to the model: the whole table of tokens "
+            "trains, too, and the adapter is not written alone"
+        )
     return run
 
 
