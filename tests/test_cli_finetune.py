@@ -304,6 +304,7 @@ def test_other_commands_do_not_go_on_with_it(classifier):
         ("classify --data colours.tsv --model base --max-length 999", ["--max-length 999", "256"]),
         ("classify --data colours.tsv --model base --lora 2 --layers head", ["leave --layers out"]),
         ("classify --data colours.tsv --model base --lora-alpha 2", ["--lora-alpha", "--lora"]),
+        ("classify --data colours.tsv --model base --lora 17", ["--lora 17", "width of 16"]),
         ("classify --data colours.tsv --model base --lora 2 --lora-alpha 0", ["--lora-alpha 0"]),
         ("classify --data colours.tsv --model base --lora-target qkv", ["--lora-target", "--lora"]),
         ("classify --data colours.tsv --model base --lora 2 --lora-target no", ["matches 'no'"]),
@@ -345,10 +346,33 @@ def test_wrong_input(folder, arguments, parts):
         ("--model base hello", ["base holds a language model"]),
         ("--model none hello", ["none does not exist"]),
         ("--model classes", ["give one text"]),
-        ("--model classes ''", ["has no tokens"]),
+        ("--model classes ' '", ["text 1 is empty"]),
         ("--model classes --batch gap.txt", ["gap.txt has no text in line 2"]),
     ],
 )
 def test_wrong_texts_to_classify(classifier, folder, arguments, parts):
     (folder / "gap.txt").write_text("a\n\nb\n")
     assert_refused(call(f"classify {arguments}"), *parts)
+
+
+def test_what_a_user_is_told(classifier, folder):
+    done = call("classify --model classes", "trees " * 50)
+    assert "1 of 1 texts are longer" in done.stderr and ok(done)
+    told = ok(call("info --model classes"))
+    assert "blue, green, grey apart, by a head of 3 x 16" in told
+    assert json.loads(ok(call("info --model classes --json")))["classes"] == sorted(COLOURS)
+
+
+def test_the_parts_of_the_data_stay_as_they_were(folder):
+    ok(call("finetune classify --data colours.tsv --model base --out parts", *QUICK))
+    for name in ("train", "test"):
+        path = folder / "parts" / f"{name}.jsonl"
+        before = path.read_text()
+        path.write_text(before.replace("spring", "autumn"))
+        done = call("finetune classify --out parts --resume --device cpu")
+        assert_refused(done, f"{name}.jsonl", "is not as it was: put it back")
+        path.unlink()
+        done = call("finetune classify --out parts --resume --device cpu")
+        assert_refused(done, f"{name}.jsonl", "is gone")
+        path.write_text(before)
+    ok(call("finetune classify --out parts --resume --device cpu"))

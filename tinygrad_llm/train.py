@@ -130,8 +130,9 @@ class Report:
 
     @property
     def perplexity(self) -> float | None:
-        """e^val_loss: between how many equally likely tokens the model is in doubt."""
-        return None if self.val_loss is None else perplexity(self.val_loss)
+        """e^val_loss: how many equally likely tokens would leave as much doubt; not of classes."""
+        of_tokens = self.val_loss is not None and self.val_accuracy is None
+        return perplexity(self.val_loss) if of_tokens else None
 
 
 def perplexity(loss: float) -> float:

@@ -117,6 +117,11 @@ def other_format(directory: Path) -> str | None:
             "Hugging Face has the same weights as safetensors, named gpt2, gpt2-medium, gpt2-large "
             "and gpt2-xl"
         )
+    if "adapter_config.json" in names:
+        return (
+            f"{directory} holds a LoRA adapter, and no model: load_adapter adds it to the one that "
+            "it was trained on; the directory of the run has both as one model"
+        )
     complaints = filter(None, map(other_file, names))
     return next((f"{directory} has no {WEIGHTS}, and {text}" for text in complaints), None)
 

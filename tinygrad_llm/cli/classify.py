@@ -1,6 +1,7 @@
 """`tinygrad-llm classify`: the probability of each class of a text, by a classifier."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,7 @@ import typer
 
 from ..checkpoint import load_tokenizer, open_checkpoint
 from ..finetune import GPTClassifier
+from ..tokenizer import Tokenizer
 from .device import DeviceName, Dtype, DtypeName, Kernels, chosen, enough_memory
 from .errors import user_input
 from .generate import given_texts, write
@@ -46,6 +48,10 @@ def classify(
         with enough_memory(where, LESS):
             classifier = GPTClassifier.from_pretrained(model, dtype).to(where)
         tokenizer = load_tokenizer(model, classifier)
+        cut = sum(_is_cut(*each, classifier, tokenizer) for each in enumerate(texts, start=1))
+    if cut:
+        most = f"the first {classifier.max_length:,} tokens count"
+        print(f"{cut:,} of {len(texts):,} texts are longer: of them {most}", file=sys.stderr)
     for start in range(0, len(texts), BATCH):
         some = texts[start : start + BATCH]
         with user_input(), enough_memory(where, LESS):
@@ -54,6 +60,13 @@ def classify(
             ranked = sorted(zip(classifier.classes, row), key=lambda pair: -pair[1])
             write(_as_json(each, ranked) if batch else _as_table(ranked))
     return 0
+
+
+def _is_cut(number: int, text: str, classifier: GPTClassifier, tokenizer: Tokenizer) -> bool:
+    """Whether some of the text does not count. Raises ValueError if there is none."""
+    if not text.strip():
+        raise ValueError(f"text {number} is empty: give some words to classify")
+    return len(tokenizer.encode_ordinary(text)) > classifier.max_length
 
 
 def _as_table(ranked: list[tuple[str, float]]) -> str:

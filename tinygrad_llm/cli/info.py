@@ -52,6 +52,8 @@ def info(
     found = {**counted(cfg), "memory": memory(cfg, batch_size)}
     if checkpoint:
         found["stored"] = stored(checkpoint)
+        if checkpoint.classes is not None:
+            found["classes"] = list(checkpoint.classes)
     if as_json:
         print(json.dumps({"config": cfg.to_dict(), **found}, indent=1))
     else:
@@ -109,6 +111,10 @@ def _show(cfg, found, name):
         f"{in_bytes(generation['cache_per_token'])} a token: "
         f"{in_bytes(generation['cache_full_context'])} for {cfg.context_length}.",
     ]
+    if "classes" in found:
+        classes = found["classes"]
+        head = f"a head of {len(classes):,} x {cfg.emb_dim:,} numbers in the table's place"
+        lines[1:] = [f"It tells {', '.join(classes)} apart, by {head}; it does not write."]
     if "stored" in found:
         files = found["stored"]["files"]
         dtypes = " and ".join(f"{n} in {dtype}" for dtype, n in found["stored"]["dtypes"].items())

@@ -110,8 +110,12 @@ def _say_done(run: Run, clock: Clock, screen: Screen) -> None:
     if (memory := trainer.update.memory()) is not None:
         screen.say(f"peak memory: {in_bytes(memory)} on {trainer.model.device}")
     best, lowest = trainer.best
-    if trainer.settings.patience is not None and best != step:
+    if best == step:
+        return
+    if trainer.settings.patience is not None:
         screen.say(f"the model is that of step {best:,}, with the lowest: {lowest:.3f}")
+    else:
+        screen.say(f"it was lowest after {best:,}: {lowest:.3f}; --patience keeps that model")
 
 
 def _say_interrupted(run: Run) -> int:

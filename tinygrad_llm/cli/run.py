@@ -319,6 +319,8 @@ def _was_finished(trainer: Training, length: str) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {what}" for name, what in value.items())
+    if value is None:
+        return "its default"
     return (" ".join(value) or "none") if isinstance(value, list) else str(value)
 
 

@@ -223,7 +223,8 @@ class Instructions:
                     prompt = f", {n_prompt:,} of them its prompt" if response_only else ""
                     raise ValueError(
                         f"entry {number} makes {len(ids):,} tokens{prompt}, and a row takes "
-                        f'{max_length:,}: shorten it, or leave such entries out (too_long="drop")'
+                        f'{max_length:,}: shorten it, or leave such entries out (too_long="drop" '
+                        "or --too-long drop)"
                     )
             self.texts.append(np.array(ids, np.int32))
             prompt_lengths.append(n_prompt)

@@ -223,10 +223,10 @@ def _column(place, fields, wanted):
             )
         return wanted
     names = [field.strip() for field in fields]
-    if names.count(wanted) != 1:  # then in any case
-        names, wanted = [name.lower() for name in names], wanted.lower()
-    if names.count(wanted) == 1:
-        return names.index(wanted)
+    for same_case in (str, str.lower):  # in any case, if need be
+        found = [same_case(name) for name in names]
+        if found.count(same_case(wanted)) == 1:
+            return found.index(same_case(wanted))
     raise ValueError(f"{place}: not one column is named {wanted!r}: there are {', '.join(fields)}")
 
 

@@ -201,10 +201,15 @@ class Classification(Tuning):
         if "new" in found:
             n = found["new"]["texts"]
             screen.say(f"on the {n:,} that are not also to train with: {line(**found['new'])}")
-        screen.say(f"\nmodel and tokenizer: {self.directory}")
-        screen.say(
-            f"scores and confusion matrix: {SCORES}, {CONFUSION}; its parts: {', '.join(PARTS)}"
-        )
+        elif found["known"]:
+            screen.say("all of these texts are also to train with: they say nothing of new ones")
+        self.say_files(screen, "model and tokenizer")
+        if self.options["position"] != "last":
+            screen.say(
+                "transformers opens it, but reads at the last token, where this head does not: "
+                "use it with this library"
+            )
+        screen.say(f"beside them: {SCORES}, {CONFUSION} and the data, {', '.join(PARTS)}")
         text = " ".join(test.texts[0].split()[:12]).lstrip("-")  # it would look like an option
         line = self.command_line("classify", "--model", str(self.directory), text)
         screen.say(f"\ntry next: {line}")
@@ -221,9 +226,10 @@ class Classification(Tuning):
             return *evaluate(model, data, self.options["batch_size"]), words.evaluate(table)
 
         loss, scores, word_scores = tested(test)
-        found = {"loss": loss, **_as_json(scores), "words": word_scores.accuracy}
         learned = set(train.texts)
         new = [row for row, text in enumerate(test.texts) if text not in learned]
+        known = len(test) - len(new)
+        found = {"loss": loss, **_as_json(scores), "words": word_scores.accuracy, "known": known}
         if 0 < len(new) < len(test):  # the data has some texts several times
             _, ours, theirs = tested(test.take(new))
             accuracies = {"accuracy": ours.accuracy, "words": theirs.accuracy}
@@ -273,10 +279,12 @@ def _new(
     with new_directory(Classification, out) as (directory, lock):
         for name, table in zip(PARTS, tables):
             write_entries(directory / name, _rows(table))
+        options["parts"] = tuning.digests(directory, PARTS)
         log = Log(directory, -1, tensorboard)
         run = Classification(directory, lock, log, trainer, tokenizer, options, memory, tables)
         run.save()
-    cut = f"; {train.truncated:,} texts to train with are longer, and cut" * bool(train.truncated)
+    n = train.truncated
+    cut = f"; longer texts are cut: {n:,} of those to train with" if n else ""
     screen.say(f"rows have {train.max_length:,} tokens{cut}")
     screen.say(tuning.what_trains(model, trainer))
     return run
@@ -293,7 +301,7 @@ def _resumed(
     """The run as it was saved, on the parts of the data that lie beside it."""
     directory, state = saved.directory, saved.trainer
     classes = state["classifier"]["classes"]
-    paths = [tuning.saved_part(directory, name) for name in PARTS]
+    paths = [tuning.saved_part(saved, name) for name in PARTS]
     tables = tuple(read_table(path, classes=classes) for path in paths)
     tokenizer = load(directory)
     data = [_dataset(table, tokenizer, state["classifier"], where) for table in tables[:2]]

@@ -1,5 +1,6 @@
 """`tinygrad-llm finetune instruct`: instructions with responses, and a model that follows them."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,7 +12,7 @@ import typer
 
 from ...checkpoint import save_model
 from ...data import Packed
-from ...data.files import together
+from ...data.files import atomic_write, together
 from ...device import Device
 from ...finetune import (
     TEMPLATES,
@@ -76,6 +77,7 @@ from .tuning import (
 
 PARTS = ("train.json", "test.json", "validation.json")  # so that --resume needs no other file
 RESPONSES = "responses.json"
+SCORES = "scores.json"
 SAMPLE_TOKENS = 60
 SHAPE = [*tuning.SHAPE, "template", "response_only", "packing", "too_long", "max_new_tokens"]
 Rows = Instructions | Packed
@@ -88,7 +90,12 @@ def instruct(
     data: Data = None,
     max_length: MaxLength = None,
     too_long: Annotated[
-        TooLong, option("What becomes of longer entries than --max-length.", DATA)
+        TooLong,
+        option(
+            "What becomes of longer entries than --max-length. With --response-only, one whose "
+            "prompt alone is as long cannot be truncated.",
+            DATA,
+        ),
     ] = TooLong.truncate,
     template: Annotated[
         Template, option("The prompt style: how an entry becomes one text.", DATA)
@@ -158,7 +165,7 @@ class Instruction(Tuning):
     """A GPT that learns to follow instructions."""
 
     command = "finetune instruct"
-    of_the_end = (RESPONSES,)
+    of_the_end = (RESPONSES, SCORES)
     results = (*Tuning.files, *PARTS, *of_the_end)
     loss_of = "token"
 
@@ -184,7 +191,7 @@ class Instruction(Tuning):
         stop_id, n = self.template.stop_ids(self.tokenizer), self.tokenizer.vocab_size
         (row,) = generate(model, [ids], room, temperature=0, stop_id=stop_id, vocab_size=n)
         asked = self.template.content(self.example["instruction"], self.example["input"])
-        said = self.template.extract(self.tokenizer.decode(row[len(ids) :]))
+        said = self.template.extract(self.tokenizer.decode(row[len(ids) :])) or "(nothing)"
         return f"asked\n\n{indent(asked, '    ')}\n\nit responds\n\n{indent(said, '    ')}"
 
     def finish(self, screen: Screen) -> None:
@@ -193,19 +200,26 @@ class Instruction(Tuning):
         model = self.trainer.best_model().to(where)
         loss = held_out_loss(model, self.test_rows, self.options["batch_size"])
         screen.say(f"loss on the entries to test with: {loss:.3f}")
+        found = {"loss": loss}
         if self.options["max_new_tokens"]:
-            self._respond(model, screen)
-        screen.say(f"model, tokenizer and prompt template: {self.directory}")
+            found |= self._respond(model, screen)
+        with atomic_write(self.directory / SCORES) as file:
+            file.write((json.dumps(found, indent=2) + "\n").encode())
+        self.say_files(screen, "model, tokenizer and prompt template")
         screen.say(f"\ntry next: {self.command_line('chat', '--model', str(self.directory))}")
 
-    def _respond(self, model: GPT, screen: Screen) -> None:
-        """Writes responses to the entries that leave room for one, and compares them."""
-        longest = model.cfg.context_length
-        fit = [entry for entry in self.test if len(self._prompt(entry)) < longest]
-        if unfit := len(self.test) - len(fit):
-            screen.say(f"{unfit:,} of them fill the context of {longest:,} tokens: no responses")
+    def _respond(self, model: GPT, screen: Screen) -> dict[str, float]:
+        """Writes responses to the entries that leave room for one; says how alike they are to those
+        expected, and returns it.
+        """
+        longest, fit = model.cfg.context_length, []
+        for number, entry in enumerate(self.test, start=1):
+            if len(self._prompt(entry)) < longest:
+                fit.append(entry)
+            else:
+                screen.say(f"{PARTS[1]}, entry {number} fills the context: it gets no response")
         if not fit:
-            return
+            return {}
         path, most = self.directory / RESPONSES, self.options["max_new_tokens"]
         with screen.progress("responses") as show:
             entries = generate_responses(
@@ -213,8 +227,10 @@ class Instruction(Tuning):
             )
         found = matches((entry["output"], entry[RESPONSE]) for entry in entries)
         rows = [(name.replace("_", " "), f"{match.mean:.2%}") for name, match in found.items()]
-        screen.say(f"\n{aligned([('responses as expected', ''), *rows])}\n")
+        title = f"{len(fit):,} responses as expected", ""
+        screen.say(f"\n{aligned([title, *rows])}\n")
         screen.say(f"responses: {path}; a model scores them: {typed()} judge --help")
+        return {name: match.mean for name, match in found.items()}
 
     def _prompt(self, entry: Entry) -> list[int]:
         asked = self.template.content(entry["instruction"], entry["input"])
@@ -233,14 +249,18 @@ def _new(
     """Everything up to the first step. Nothing is written before all input has been checked."""
     check_free(Instruction, out)
     tuning.check_options(options)
-    parts = split_entries(read_entries(options["data"]))
+    entries = read_entries(options["data"])
+    try:
+        parts = split_entries(entries)
+    except ValueError as error:
+        raise ValueError(f"{options['data']}: {error}; give 20 or more") from None
     template = get_template(options["template"])
     gpt, tokenizer = tuning.open_model(options, where)
     tuning.seeded(options)
     new_words = not set(template.special_tokens) <= set(tokenizer.special_tokens)
     template.add_tokens(tokenizer, gpt)
     options["max_length"] = tuning.longest(options, gpt.cfg)
-    (train, test, validation), n_too_long = _rows(parts, tokenizer, template, options, where)
+    (train, test, validation), n_too_long, lost = _rows(parts, tokenizer, template, options, where)
     tuning.add_adapters(gpt, options)
     if new_words:  # their vectors are to be learned, also beside adapters
         gpt.tok_emb.requires_grad_()
@@ -252,6 +272,7 @@ def _new(
     with new_directory(Instruction, out) as (directory, lock):
         for name, entries in zip(PARTS, parts):
             write_entries(directory / name, entries)
+        options["parts"] = tuning.digests(directory, PARTS)
         log = Log(directory, -1, tensorboard)
         asking = template, parts[1], test, parts[2][0]
         run = Instruction(directory, lock, log, trainer, tokenizer, options, memory, *asking)
@@ -262,6 +283,11 @@ def _new(
         done = {"truncate": "cut", "drop": "left out"}[options["too_long"]]
         longest = options["max_length"]
         screen.say(f"{n_too_long:,} of them have more than {longest:,} tokens: they are {done}")
+    if lost:
+        screen.say(
+            f"in {lost:,} of them nothing of the response is left: choose a model with a longer "
+            "--context, or --too-long drop"
+        )
     screen.say(tuning.what_trains(gpt, trainer))
     if new_words and options["lora"]:
         screen.say(
@@ -281,9 +307,9 @@ def _resumed(
 ) -> Instruction:
     """The run as it was saved, on the parts of the data that lie beside it."""
     directory, options = saved.directory, saved.options
-    parts = [read_entries(tuning.saved_part(directory, name)) for name in PARTS]
+    parts = [read_entries(tuning.saved_part(saved, name)) for name in PARTS]
     template, tokenizer = get_template(options["template"]), load(directory)
-    (train, test, validation), _ = _rows(parts, tokenizer, template, options, where)
+    (train, test, validation), *_ = _rows(parts, tokenizer, template, options, where)
     steps = tuning.more_steps(saved, epochs, len(train))
     memory = tuning.memory_to_go_on(saved, where)
     state = saved.trainer
@@ -302,18 +328,22 @@ def _rows(
     template: ChatTemplate,
     options: dict[str, Any],
     where: Device,
-) -> tuple[list[Rows], int]:
-    """The parts as datasets, and how many entries in them are too long. Errors name entries by
-    their place in the whole file.
+) -> tuple[list[Rows], int, int]:
+    """The parts as datasets; how many entries in them are too long, and of how many only the prompt
+    is left. Errors name entries by their place in the whole file.
     """
-    found, first, n_too_long = [], 1, 0
+    found, first, n_too_long, lost = [], 1, 0, 0
     settings = [options[name] for name in ("max_length", "response_only", "too_long")]
     settings.append(where.name == "cpu")
     for entries in parts:
-        rows = Instructions(entries, tokenizer, template, *settings, first)
+        try:
+            rows = Instructions(entries, tokenizer, template, *settings, first)
+        except ValueError as error:
+            raise ValueError(f"{options['data']}: {error}") from None
         found.append(rows.packed() if options["packing"] else rows)
         first, n_too_long = first + len(entries), n_too_long + rows.n_too_long
-    return found, n_too_long
+        lost += int((rows.prompt_lengths >= rows.max_length).sum())
+    return found, n_too_long, lost
 
 
 def _longest(rows: Rows) -> int:

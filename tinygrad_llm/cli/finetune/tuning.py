@@ -1,6 +1,8 @@
 """What the commands that fine-tune have in common: their options, settings and adapters."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -125,6 +127,12 @@ class Tuning(Run):
         if adapter_names(model):
             save_adapter(model, self.directory / ADAPTER)
 
+    def say_files(self, screen: Screen, what: str) -> None:
+        """Where the results are."""
+        screen.say(f"\n{what}: {self.directory}")
+        if (self.directory / ADAPTER).exists():
+            screen.say(f"the adapter alone, in PEFT's format: {self.directory / ADAPTER}")
+
     def set_aside(self, screen: Screen) -> None:
         """Where training goes on, renames what tells of the model as it was before."""
         paths = [self.directory / name for name in self.of_the_end]
@@ -155,7 +163,18 @@ def check_options(options: dict[str, Any]) -> None:
 
 def open_model(options: dict[str, Any], where: Device) -> tuple[GPT, Tokenizer]:
     """The model to begin with, in NumPy's memory and float32, and its tokenizer."""
-    cfg = open_checkpoint(options["model"]).cfg
+    checkpoint = open_checkpoint(options["model"])
+    cfg = checkpoint.cfg
+    if checkpoint.classes is not None:
+        raise ValueError(
+            f"--model {options['model']} is a classifier already: give the language model that it "
+            "was made from, or add --resume to go on with its run"
+        )
+    if options["lora"] and options["lora"] > cfg.emb_dim:
+        raise ValueError(
+            f"--lora {options['lora']} is more than the model's width of {cfg.emb_dim}: a rank "
+            "from 4 to 64 is usual"
+        )
     check_memory(where, 4 * cfg.num_parameters(), "use a smaller --model")
     gpt = load_model(options["model"], drop_rate=options["dropout"])
     tokenizer = load_tokenizer(options["model"], gpt)
@@ -184,12 +203,20 @@ def add_adapters(model: Module, options: dict[str, Any]) -> None:
     apply_lora(model, LoRAConfig(rank, alpha, options["lora_dropout"], targets))
 
 
-def saved_part(directory: Path, name: str) -> Path:
-    """A part of the data of a run that goes on. Raises ValueError if it is not there."""
-    path = directory / name
-    if not path.exists():
+def digests(directory: Path, parts: Sequence[str]) -> dict[str, str]:
+    """A SHA-256 of each part of the data, to be known again by."""
+    return {name: sha256((directory / name).read_bytes()).hexdigest() for name in parts}
+
+
+def saved_part(saved: Saved, name: str) -> Path:
+    """A part of the data of a run that goes on. Raises ValueError if it is not as it was."""
+    path = saved.directory / name
+    wrong = None if path.exists() else "is gone"
+    if not wrong and digests(saved.directory, [name])[name] != saved.options["parts"][name]:
+        wrong = "is not as it was"
+    if wrong:
         raise ValueError(
-            f"{path}, a part of the data of this run, is gone: put it back, or start a new run "
+            f"{path}, a part of the data of this run, {wrong}: put it back, or start a new run "
             "with another --out"
         )
     return path
