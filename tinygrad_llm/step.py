@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from . import backend, random
-from .device import device
+from .device import CPU, device
 from .nn import Module
 from .optim import AdamW, LossScale, clip_grad_norm_, kernels_for
 from .parallel import Batch, Shards, counts
@@ -84,15 +84,16 @@ class HostStep(_Step):
         """
         parameters = list(self.model.parameters())
         scale = self.loss_scale.scale if self.loss_scale else 1.0
+        each = self.shards.map if self.where is CPU else map
         # Also the length of the gradient has other last bits with another number of BLAS threads.
-        with np.errstate(all="ignore"), self.shards.limited():
+        with np.errstate(all="ignore"), self.shards.limited(1):
             loss = self.shards.backward(self.model, *batch, pieces=self.accumulate, scale=scale)
-            norm = clip_grad_norm_(parameters, self.max_norm)
+            norm = clip_grad_norm_(parameters, self.max_norm, each)
             finite = math.isfinite(norm) and math.isfinite(loss)
             if self.loss_scale.update(finite) if self.loss_scale else finite:
                 for group in self.optimizer.param_groups:
                     group["lr"] = lr
-                self.optimizer.step()
+                self.optimizer.step(each)
         self._found, self.scale = (loss, norm), scale
 
     def finish(self) -> tuple[float, float]:
