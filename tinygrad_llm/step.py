@@ -82,7 +82,7 @@ class HostStep(_Step):
 
         batch   arrays of integers with accumulate * B rows, for model.loss: (ids, targets, ...)
         """
-        parameters = list(self.model.parameters())
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         scale = self.loss_scale.scale if self.loss_scale else 1.0
         each = self.shards.map if self.where is CPU else map
         # Also the length of the gradient has other last bits with another number of BLAS threads.
