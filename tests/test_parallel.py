@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from tinygrad_llm import backend, parallel, random
+from tinygrad_llm import backend, optim, random
 from tinygrad_llm.gpt import GPT, GPTConfig
 from tinygrad_llm.parallel import Shards
 
@@ -149,7 +149,7 @@ def test_gradients_are_added_alike_on_threads(monkeypatch):
     ids, targets = batch(6)
     found = []
     for worth_sharing in (0, 1 << 30):
-        monkeypatch.setattr(parallel, "WORTH_SHARING", worth_sharing)
+        monkeypatch.setattr(optim, "WORTH_SHARING", worth_sharing)
         model = small_model()
         Shards(3).backward(model, ids, targets)
         found.append(gradients(model))

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from . import backend
-from .device import of
+from .device import CPU, of
 from .nn import Module
 from .precision import DTYPES, is_narrow
 from .tensor import Tensor
 
-_BLOCK = 1 << 16  # elements that are updated at a time: their arrays together fit the cache
+_BLOCK = 1 << 17  # elements at a time: in cache, and enough that threads seldom wait for Python
 _SMALL = 1 << 12  # arrays up to this size are updated together: calls would cost more than copies
-WORTH_SHARING = 1 << 22  # elements that are read once: fewer take less time than waking a thread
+WORTH_SHARING = 1 << 22  # elements: with fewer, a thread is done before another one has woken up
 
 Each = Callable[[Callable, Iterable], Iterable]  # map, or one that uses threads: Shards.map
 
@@ -315,6 +315,7 @@ class AdamW(Optimizer):
                 blocks += [(_adamw, block, state["step"], group) for block in _blocks(*arrays)]
         for (step, *_), (group, together) in small.items():
             blocks.append((_adamw_of_small, together, step, group))
+        each = worth_sharing(each, [p for p, *_ in moves])
         list(each(lambda block: block[0](*block[1:]), blocks))
 
     def _check(self, group, known):
@@ -420,7 +421,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, each: Each = 
         norm = float(kernels.global_norm(gradients))
         blocks = gradients
     else:
-        each = each if sum(g.size for g in gradients) > WORTH_SHARING else map
+        each = worth_sharing(each, gradients)
         blocks = [block for g in gradients for (block,) in _blocks(g)]
         norm = math.sqrt(sum(each(_sum_of_squares, blocks)))
     scale = max_norm / (norm + 1e-6)
@@ -511,15 +512,16 @@ def _blocks(*arrays) -> Iterator[tuple]:
         yield tuple(array[start : start + rows] for array in arrays)
 
 
+def worth_sharing(each, arrays):
+    """`each`, or map where threads do not pay: for few elements, and on a GPU."""
+    large = sum(a.size for a in arrays) > WORTH_SHARING
+    return each if large and all(of(a) is CPU for a in arrays) else map
+
+
 def _sum_of_squares(block):
     """Of a block, as a Python float: one float32 sum of millions would lose digits."""
-    flat = block.astype(_wide(block), copy=False).reshape(-1)
+    flat = (block.astype(np.float32) if is_narrow(block) else block).reshape(-1)
     return float(np.dot(flat, flat))
-
-
-def _wide(array):
-    """float32, or the array's own dtype if that holds more."""
-    return np.result_type(array.dtype, np.float32)
 
 
 def _arrays(state):

@@ -20,7 +20,7 @@ from threadpoolctl import ThreadpoolController
 
 from . import backend
 from .nn import Module
-from .optim import WORTH_SHARING
+from .optim import worth_sharing
 from .precision import is_narrow
 from .tensor import Tensor, leaf_gradients, no_grad
 
@@ -127,7 +127,7 @@ class Shards:
     def _add(self, gradients: dict[int, Tensor], more: dict[int, Tensor]) -> None:
         """Adds up gradients by parameter, in the memory of the first ones."""
         pairs = [(gradients[i].data, g.data) for i, g in more.items() if i in gradients]
-        each = self.map if sum(b.size for _, b in pairs) > WORTH_SHARING else map
+        each = worth_sharing(self.map, [b for _, b in pairs])
         list(each(lambda pair: operator.iadd(*pair), pairs))
         for i, g in more.items():
             if i not in gradients:

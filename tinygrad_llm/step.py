@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from . import backend, random
-from .device import CPU, device
+from .device import device
 from .nn import Module
 from .optim import AdamW, LossScale, clip_grad_norm_, kernels_for
 from .parallel import Batch, Shards, counts
@@ -84,8 +84,8 @@ class HostStep(_Step):
         """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         scale = self.loss_scale.scale if self.loss_scale else 1.0
-        each = self.shards.map if self.where is CPU else map
-        # Also the length of the gradient has other last bits with another number of BLAS threads.
+        each = self.shards.map
+        # With more threads of BLAS, the length of the gradient would have other last bits.
         with np.errstate(all="ignore"), self.shards.limited(1):
             loss = self.shards.backward(self.model, *batch, pieces=self.accumulate, scale=scale)
             norm = clip_grad_norm_(parameters, self.max_norm, each)
