@@ -5,6 +5,9 @@ step runs in parallel, not only the matrix products that BLAS can share out, and
 for each other once in a step instead of once in every product. BLAS itself then gets one thread;
 where there is nothing to share out, it gets all of them. It never chooses a number by itself, from
 the machine or OPENBLAS_NUM_THREADS: other sums of the same numbers would have other last bits.
+
+What comes after, adding up gradients, clipping and the optimizer's step, takes `Shards.map` where a
+model is so large that a second thread is of use before the first one is done.
 """
 
 import operator
