@@ -48,10 +48,16 @@ class _Timed(backend.Reading):
     def __init__(self, of, profile):
         super().__init__(of.space, of.kernels)
         self.of, self.profile = of, profile
+        self.fused = {name: self._timed(kernel, name) for name, kernel in of.fused.items()}
 
     def __missing__(self, op):
-        implementation = copy.copy(self.of[op])
-        implementation.forward = self.profile.timed(implementation.forward, op.name, "forward")
-        implementation.vjp = self.profile.timed(implementation.vjp, op.name, "backward")
-        self[op] = implementation
-        return implementation
+        self[op] = self._timed(copy.copy(self.of[op]), op.name)
+        return self[op]
+
+    def _timed(self, kernel, name):
+        """The Implementation, or a subclass of the fused kernel, with its functions timed."""
+        timed = type(kernel.__name__, (kernel,), {}) if isinstance(kernel, type) else kernel
+        for function, direction in (("forward", "forward"), ("vjp", "backward")):
+            timed_function = self.profile.timed(getattr(kernel, function), name, direction)
+            setattr(timed, function, timed_function)
+        return timed

@@ -5,6 +5,7 @@ they compute the same, then how long they take and where ours spends the time.
 import inspect
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -70,14 +71,15 @@ SETTINGS = {
 
 
 class Training:
-    """A model and its optimizer; `step()` is what is timed. `times` has the seconds of each phase.
+    """A model and the `update` of its optimizer; `step()` is what is timed. `times` has the seconds
+    of each phase.
 
     `gradients()` runs forward and backward on the same batch every time, which is enough: what a
     step costs does not depend on what it reads.
     """
 
-    def __init__(self, model, optimizer, clip, gradients, clock):
-        self.model, self.optimizer, self.clip, self.clock = model, optimizer, clip, clock
+    def __init__(self, model, update, clip, gradients, clock):
+        self.model, self.update, self.clip, self.clock = model, update, clip, clock
         self.parameters = list(model.parameters())
         self.gradients = gradients
         self.times = defaultdict(list)
@@ -89,7 +91,7 @@ class Training:
         times.append(self.clock())
         self.clip(self.parameters, 1.0)
         times.append(self.clock())
-        self.optimizer.step()
+        self.update()
         times.append(self.clock())
         for phase, start, end in zip(PHASES, times, times[1:]):
             self.times[phase].append(end - start)
@@ -116,10 +118,14 @@ def trainings(setting: Setting, threads: int, clock) -> tuple[Training, Training
     def our_gradients():
         return shards.backward(model, ids, targets)
 
-    ours = AdamW(model.parameters(), **OPTIONS)
+    def our_clip(parameters, max_norm):
+        with shards.limited(1):  # as in step.HostStep
+            return clip_grad_norm_(parameters, max_norm, shards.map)
+
+    ours = partial(AdamW(model.parameters(), **OPTIONS).step, shards.map)
     return (
-        Training(model, ours, clip_grad_norm_, our_gradients, clock),
-        Training(peer, optimizer, torch.nn.utils.clip_grad_norm_, peers_gradients, clock),
+        Training(model, ours, our_clip, our_gradients, clock),
+        Training(peer, optimizer.step, torch.nn.utils.clip_grad_norm_, peers_gradients, clock),
     )
 
 

@@ -99,9 +99,9 @@ def test_train(tmp_path):
     assert all(value > 0 for value in result["ratio"].values())
     assert result["ours"]["tokens_per_second"] > 0
     ops = {row["name"]: row for row in result["ops"]}
-    assert {"linear", "attention", "layer_norm", "cross_entropy", "optimizer"} <= set(ops)
+    assert {"linear", "self_attention", "layer_norm", "cross_entropy", "optimizer"} <= set(ops)
     assert sum(row["share"] for row in ops.values()) == pytest.approx(1)
-    assert ops["attention"]["calls"] == 2 and ops["attention"]["backward"] > 0
+    assert ops["self_attention"]["calls"] == 2 and ops["self_attention"]["backward"] > 0
 
 
 @needs_torch

@@ -4,8 +4,10 @@ import copy
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tinygrad_llm import from_numpy, nn, random, tensor
+from tinygrad_llm import backend, from_numpy, nn, random, tensor
 from tinygrad_llm import functional as F  # noqa: N812
 from tinygrad_llm.gpt import GPT, GPTConfig
 from tinygrad_llm.nn import Buffer, Module, ModuleList, Parameter, Sequential, steps
@@ -515,6 +517,51 @@ def test_attention_sees_the_past_only_if_causal():
         before, after = att(Tensor(x)).data, att(Tensor(changed)).data
         assert np.array_equal(before[0, :4], after[0, :4]) == causal
         assert before.shape == (1, 6, 8)
+
+
+@settings(max_examples=30)
+@given(
+    lead=st.lists(st.integers(1, 3), max_size=2).map(tuple),
+    tokens=st.integers(1, 140),
+    heads=st.integers(1, 3),
+    width=st.integers(1, 5),
+    causal=st.booleans(),
+)
+def test_all_heads_in_one_kernel_are_the_ops_that_it_stands_for(lead, tokens, heads, width, causal):
+    size = heads * width
+    att = nn.MultiHeadAttention(size, size, tokens, heads, causal=causal, generator=Generator(0))
+    att.to(np.float64)
+    x = Tensor(normal(*lead, tokens, size), requires_grad=True)
+    arriving = np.broadcast_to(normal(size), x.shape)  # not in one piece
+    found = []
+    for kernels in ("auto", "off:self_attention"):
+        x.grad = None
+        att.zero_grad()
+        with backend.using(backend.reading(kernels)):
+            y = att(x)
+            y.backward(arriving)
+        found.append([y.data, x.grad.data])
+        found[-1] += [p.grad.data for p in att.parameters()]
+    assert "self_attention" in backend.CPU.fused
+    for one, other in zip(*found):
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_what_one_kernel_for_all_heads_cannot_do_is_left_to_the_ops():
+    accepts = backend.CPU.fused["self_attention"].accepts
+    usual = {"heads": 2, "kv_heads": 2, "causal": True, "window": None, "segments": None}
+    usual["dropout"] = 0.0
+    qkv = normal(2, 3, 12)
+    assert accepts(qkv, **usual) and accepts(qkv.astype(np.float32), **usual)
+    assert not accepts(qkv.astype(np.float16), **usual)
+    assert not accepts(np.empty((0, 3, 12)), **usual)
+    for change in (
+        {"kv_heads": 1},
+        {"window": 2},
+        {"segments": np.zeros((2, 3))},
+        {"dropout": 0.1},
+    ):
+        assert not accepts(qkv, **{**usual, **change})
 
 
 def test_dropout_of_attention_in_training_only():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tinygrad_llm import nn, optim
 from tinygrad_llm.nn import Parameter
 from tinygrad_llm.optim import SGD, AdamW, clip_grad_norm_, decay_groups, warmup_cosine
+from tinygrad_llm.parallel import Shards
 from tinygrad_llm.tensor import Tensor
 
 SHAPES = [(7, 5), (11,), (), (2, 3, 4)]
@@ -171,6 +172,39 @@ def test_the_books_gradient_of_norm_five():
     p.grad = Tensor([[1.0, 2.0], [2.0, 4.0]])
     assert clip_grad_norm_(p, 1.0) == 5.0
     assert np.allclose(p.grad.data, np.array([[1, 2], [2, 4]]) / 5)
+
+
+# --- on several threads ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_threads_and_joined_arrays_change_no_bit(dtype, monkeypatch):
+    """Small arrays are joined, large ones cut into blocks: alone, each moves to the same bits."""
+    monkeypatch.setattr(optim, "_BLOCK", 16)
+    monkeypatch.setattr(optim, "WORTH_SHARING", 0)
+
+    def trained(threads, small):
+        monkeypatch.setattr(optim, "_SMALL", small)
+        params = parameters(dtype) + parameters(dtype, seed=1)
+        groups = [
+            {"params": params[::2], "weight_decay": 0.1},
+            {"params": params[1::2], "weight_decay": 0.0, "betas": (0.5, 0.5)},
+        ]
+        opt, norms, each = AdamW(groups, lr=0.1), [], Shards(threads).map
+        for step in range(4):
+            give_gradients(params, np.random.default_rng(step))
+            if step == 1:
+                params[0].grad = params[5].grad = None  # from here on, counts of steps differ
+            norms.append(clip_grad_norm_(params, 1.0, each))
+            opt.step(each)
+        return norms, [p.data for p in params], [s["exp_avg_sq"] for s in opt.state]
+
+    norms, data, squares = trained(threads=1, small=0)
+    for threads, small in [(1, 100), (3, 0), (3, 12)]:
+        again = trained(threads, small)
+        assert again[0] == norms
+        assert all(map(np.array_equal, again[1], data))
+        assert all(map(np.array_equal, again[2], squares))
 
 
 # --- the schedule ---------------------------------------------------------------------------------

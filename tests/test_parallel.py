@@ -1,12 +1,14 @@
 """A batch shared out among threads gives the loss and the gradients of the whole batch."""
 
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from tinygrad_llm import backend, random
+from tinygrad_llm import backend, optim, random
 from tinygrad_llm.gpt import GPT, GPTConfig
 from tinygrad_llm.parallel import Shards
 
@@ -124,6 +126,34 @@ def test_threads_follow_the_reading_of_the_caller():
     with backend.using(used):
         Shards(2).backward(small_model(), *batch(4))
     assert used, "the threads ran in another reading"
+
+
+def test_map_keeps_the_order_and_raises_what_any_thread_raised():
+    shards, reading = Shards(3), backend.Reading(backend.Space(np))
+    with backend.using(reading):
+        found = shards.map(lambda i: (i * i, backend.current.reading is reading), range(50))
+    assert found == [(i * i, True) for i in range(50)]
+    assert shards.map(len, []) == []
+    every = threading.Barrier(3)  # so that each thread takes one
+
+    def fails(i):
+        every.wait(timeout=60)
+        raise ValueError(f"item {i}")
+
+    with pytest.raises(ValueError, match="item"):
+        shards.map(fails, range(3))
+    assert shards.map(abs, [-1]) == [1]
+
+
+def test_gradients_are_added_alike_on_threads(monkeypatch):
+    ids, targets = batch(6)
+    found = []
+    for worth_sharing in (0, 1 << 30):
+        monkeypatch.setattr(optim, "WORTH_SHARING", worth_sharing)
+        model = small_model()
+        Shards(3).backward(model, ids, targets)
+        found.append(gradients(model))
+    assert all(np.array_equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_a_batch_without_targets_has_no_mean():

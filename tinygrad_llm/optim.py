@@ -4,20 +4,24 @@ An optimizer changes `parameter.data` in place. Its own arrays, in float32 or wi
 position: a restart must list the parameters in the same order.
 """
 
-import contextlib
 import math
+import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from . import backend
-from .device import of
+from .device import CPU, of
 from .nn import Module
 from .precision import DTYPES, is_narrow
 from .tensor import Tensor
 
-_BLOCK = 1 << 16  # elements that are updated at a time: their arrays together fit the cache
+_BLOCK = 1 << 17  # elements at a time: in cache, and enough that threads seldom wait for Python
+_SMALL = 1 << 12  # arrays up to this size are updated together: calls would cost more than copies
+WORTH_SHARING = 1 << 22  # elements: with fewer, a thread is done before another one has woken up
+
+Each = Callable[[Callable, Iterable], Iterable]  # map, or one that uses threads: Shards.map
 
 
 class Optimizer(ABC):
@@ -51,19 +55,25 @@ class Optimizer(ABC):
         for parameter in self._parameters():
             parameter.grad = None
 
-    def step(self) -> None:
-        """Moves every parameter that has a gradient; the others are left alone."""
-        states = iter(self.state)
+    def step(self, each: Each = map) -> None:
+        """Moves every parameter that has a gradient; the others are left alone.
+
+        each    map, or what does the same on several threads, with the same result: Shards.map
+        """
+        moved, states = [], iter(self.state)
         for group in self.param_groups:
-            for parameter in group["params"]:
-                state = next(states)
+            for parameter, state in zip(group["params"], states):
                 if parameter.grad is not None:
                     _check_together(parameter, state)
-                    state["step"] = state.get("step", 0) + 1
-                    with _master(parameter, state) as p:
-                        self._update(
-                            p, parameter.grad.data.astype(p.dtype, copy=False), state, group
-                        )
+                    moved.append((parameter, state, group))
+        moves = []
+        for parameter, state, group in moved:
+            state["step"] = state.get("step", 0) + 1
+            moves.append((_wide_data(parameter, state), parameter.grad.data, state, group))
+        self._update(moves, each)
+        for (parameter, _, _), (p, *_) in zip(moved, moves):
+            if p is not parameter.data:
+                parameter.data[...] = p.astype(parameter.dtype)
 
     def state_dict(self) -> dict:
         """What a restart needs: {"state": [...], "param_groups": [...]}.
@@ -105,9 +115,9 @@ class Optimizer(ABC):
             group.update({**saved, "params": group["params"]})
 
     @abstractmethod
-    def _update(self, p, g, state, group):
-        """Changes the array p in place, given its gradient g of the same dtype, float32 or wider;
-        keeps its own arrays in `state`.
+    def _update(self, moves, each):
+        """For each (p, g, state, group) changes the array p in place, float32 or wider, given its
+        gradient g, which may be narrower; keeps its own arrays in `state`.
         """
 
     def _check_saved(self, states, groups):
@@ -158,7 +168,11 @@ class SGD(Optimizer):
         options = {"momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(params, {"lr": lr, **options})
 
-    def _update(self, p, g, state, group):
+    def _update(self, moves, each):
+        for p, g, state, group in moves:
+            self._move(p, g.astype(p.dtype, copy=False), state, group)
+
+    def _move(self, p, g, state, group):
         if group["weight_decay"]:
             g = g + group["weight_decay"] * p
         if group["momentum"]:
@@ -207,7 +221,7 @@ class AdamW(Optimizer):
         options = {"betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {"lr": lr, **options})
 
-    def step(self) -> None:
+    def step(self, each: Each = map) -> None:
         if self._by_kernel():
             for p, state in zip(self._parameters(), self.state, strict=True):
                 if p.grad is not None:
@@ -216,7 +230,7 @@ class AdamW(Optimizer):
             self.step_on_device(gradients, self.param_groups[0]["lr"])
         else:
             self._leave_kernel()
-            super().step()
+            super().step(each)
 
     def step_on_device(self, gradients, lr, max_norm=None, loss_scale=None, guarded=False):
         """The step of all parameters by one kernel: nothing waits for the device.
@@ -287,11 +301,22 @@ class AdamW(Optimizer):
         kernel.steps[...] = max(state.get("step", 0) for state in self.state)
         return kernel
 
-    def _update(self, p, g, state, group):
-        if "exp_avg" not in state:
-            state["exp_avg"], state["exp_avg_sq"] = np.zeros_like(p), np.zeros_like(p)
-        for arrays in _blocks(p, g, state["exp_avg"], state["exp_avg_sq"]):
-            _adamw(*arrays, state["step"], group)
+    def _update(self, moves, each):
+        """In blocks, each on its own: whoever does them, the numbers are the same."""
+        blocks, small = [], {}
+        for p, g, state, group in moves:
+            if "exp_avg" not in state:
+                state["exp_avg"], state["exp_avg_sq"] = np.zeros_like(p), np.zeros_like(p)
+            arrays = p, g, state["exp_avg"], state["exp_avg_sq"]
+            alike = state["step"], id(group), p.dtype, g.dtype
+            if p.size <= _SMALL:
+                small.setdefault(alike, (group, []))[1].append(arrays)
+            else:
+                blocks += [(_adamw, block, state["step"], group) for block in _blocks(*arrays)]
+        for (step, *_), (group, together) in small.items():
+            blocks.append((_adamw_of_small, together, step, group))
+        each = worth_sharing(each, [p for p, *_ in moves])
+        list(each(lambda block: block[0](*block[1:]), blocks))
 
     def _check(self, group, known):
         super()._check(group, known)
@@ -301,15 +326,18 @@ class AdamW(Optimizer):
             raise ValueError(f"AdamW: eps is 0 or more, not {group['eps']!r}")
 
 
-def _adamw(p, g, m, v, t, group):
-    """AdamW's lines on one block, in place, with a single temporary.
+def _adamw(arrays, t, group):
+    """AdamW's lines on one block of p, g, m, v, in place, with a single temporary.
 
     With c = √(1 - β₂ᵗ), the step lr m̂ / (√v̂ + ε) is (lr c / (1 - β₁ᵗ)) m / (√v + c ε): two passes
     over the block instead of four.
     """
+    p, g, m, v = arrays
+    g = g.astype(p.dtype, copy=False)
     lr, (beta1, beta2) = group["lr"], group["betas"]
     c = math.sqrt(1 - beta2**t)
-    p *= 1 - lr * group["weight_decay"]
+    if group["weight_decay"]:
+        p *= 1 - lr * group["weight_decay"]
     work = g - m
     work *= 1 - beta1
     m += work  # β₁ m + (1 - β₁) g
@@ -322,6 +350,19 @@ def _adamw(p, g, m, v, t, group):
     np.divide(m, work, out=work)
     work *= lr * c / (1 - beta1**t)
     p -= work
+
+
+def _adamw_of_small(together, t, group):
+    """The same for many small arrays at once: [(p, g, m, v), ...]."""
+    joined = [np.concatenate([a.reshape(-1) for a in arrays]) for arrays in zip(*together)]
+    _adamw(joined, t, group)
+    p, _, m, v = joined
+    start = 0
+    for to_p, _, to_m, to_v in together:
+        end = start + to_p.size
+        for to, of_all in ((to_p, p), (to_m, m), (to_v, v)):
+            to[...] = of_all[start:end].reshape(to.shape)
+        start = end
 
 
 def _check_together(parameter, state):
@@ -338,19 +379,15 @@ def _check_together(parameter, state):
 _SHARED = ("lr", "betas", "eps")  # options that one kernel has for all parameters
 
 
-@contextlib.contextmanager
-def _master(parameter, state):
-    """The array to move: that of the parameter, or for one of 16 bits a copy in float32, which
-    remembers the steps that are too small for it.
+def _wide_data(parameter, state):
+    """The array to move: that of the parameter, or for one of 16 bits its master, a copy in float32
+    which remembers the steps that are too small for it.
     """
-    data = parameter.data
-    if not is_narrow(data):
-        yield data
-        return
+    if not is_narrow(parameter.data):
+        return parameter.data
     if "master" not in state:
-        state["master"] = data.astype(np.float32)
-    yield state["master"]
-    data[...] = state["master"].astype(data.dtype)
+        state["master"] = parameter.data.astype(np.float32)
+    return state["master"]
 
 
 def kernels_for(parameters):
@@ -368,12 +405,13 @@ def kernels_for(parameters):
 # --- before the step ------------------------------------------------------------------------------
 
 
-def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> float:
+def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, each: Each = map) -> float:
     """Scales all gradients together, in place, so that their length is at most max_norm.
 
     Returns the length before: √Σ g² over all elements of all gradients. If that is nan or infinite,
     the gradients are left as they are, and the caller decides (skip the step, or stop).
-    Raises ValueError unless max_norm > 0. Pascanu, Mikolov & Bengio, 2013.
+    each: as in Optimizer.step. Raises ValueError unless max_norm > 0. Pascanu, Mikolov & Bengio,
+    2013.
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm is above 0, not {max_norm!r}")
@@ -381,12 +419,14 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> float:
     gradients = [p.grad.data for p in parameters]
     if (kernels := kernels_for(parameters)) is not None:
         norm = float(kernels.global_norm(gradients))
+        blocks = gradients
     else:
-        norm = math.sqrt(sum(_sum_of_squares(g) for g in gradients))
+        each = worth_sharing(each, gradients)
+        blocks = [block for g in gradients for (block,) in _blocks(g)]
+        norm = math.sqrt(sum(each(_sum_of_squares, blocks)))
     scale = max_norm / (norm + 1e-6)
     if scale < 1 and math.isfinite(norm):
-        for g in gradients:
-            g *= scale
+        list(each(lambda block: operator.imul(block, scale), blocks))
     return norm
 
 
@@ -463,22 +503,25 @@ def decay_groups(model: Module, weight_decay: float) -> list[dict]:
 
 
 def _blocks(*arrays) -> Iterator[tuple]:
-    """Arrays of one shape in pieces of whole rows, about _BLOCK elements each: views."""
-    arrays = [np.atleast_1d(array) for array in arrays]
-    rows = max(1, _BLOCK * len(arrays[0]) // max(1, arrays[0].size))
-    for start in range(0, len(arrays[0]), rows):
+    """Arrays of one shape in pieces of about _BLOCK elements each, or of a row: views."""
+    if all(array.flags.c_contiguous for array in arrays):
+        arrays = [array.reshape(-1) for array in arrays]
+    size, n = arrays[0].size, len(arrays[0])
+    rows = max(1, _BLOCK * n // max(1, size))
+    for start in range(0, n, rows):
         yield tuple(array[start : start + rows] for array in arrays)
 
 
-def _sum_of_squares(g):
-    """Block by block in double precision: one float32 sum of millions would lose digits."""
-    flat = (block.astype(_wide(g), copy=False).reshape(-1) for (block,) in _blocks(g))
-    return sum(float(np.dot(block, block)) for block in flat)
+def worth_sharing(each, arrays):
+    """`each`, or map where threads do not pay: for few elements, and on a GPU."""
+    large = sum(a.size for a in arrays) > WORTH_SHARING
+    return each if large and all(of(a) is CPU for a in arrays) else map
 
 
-def _wide(array):
-    """float32, or the array's own dtype if that holds more."""
-    return np.result_type(array.dtype, np.float32)
+def _sum_of_squares(block):
+    """Of a block, as a Python float: one float32 sum of millions would lose digits."""
+    flat = (block.astype(np.float32) if is_narrow(block) else block).reshape(-1)
+    return float(np.dot(flat, flat))
 
 
 def _arrays(state):

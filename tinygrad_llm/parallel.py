@@ -5,11 +5,15 @@ step runs in parallel, not only the matrix products that BLAS can share out, and
 for each other once in a step instead of once in every product. BLAS itself then gets one thread;
 where there is nothing to share out, it gets all of them. It never chooses a number by itself, from
 the machine or OPENBLAS_NUM_THREADS: other sums of the same numbers would have other last bits.
+
+What comes after, adding up gradients, clipping and the optimizer's step, takes `Shards.map` where a
+model is so large that a second thread is of use before the first one is done.
 """
 
+import operator
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,6 +23,7 @@ from threadpoolctl import ThreadpoolController
 
 from . import backend
 from .nn import Module
+from .optim import worth_sharing
 from .precision import is_narrow
 from .tensor import Tensor, leaf_gradients, no_grad
 
@@ -56,12 +61,35 @@ class Shards:
         if threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
         self.threads = threads
-        self._pool = ThreadPoolExecutor(threads, "shard") if threads > 1 else None
+        self._others = ThreadPoolExecutor(threads - 1, "shard") if threads > 1 else None
         self._blas = ThreadpoolController()
 
-    def limited(self) -> AbstractContextManager:
-        """In the block BLAS has `threads` threads, whatever it had before."""
-        return self._blas.limit(limits=self.threads, user_api="blas")
+    def limited(self, threads: int) -> AbstractContextManager:
+        """In the block BLAS has that many threads, whatever it had before."""
+        return self._blas.limit(limits=threads, user_api="blas")
+
+    def map(self, function: Callable, items: Iterable) -> list[Any]:
+        """[function(item) for item in items], each by the thread that is free next: a thread that
+        the system wakes late then does less. BLAS has one thread meanwhile.
+        """
+        items = list(items)
+        results, places = [None] * len(items), iter(range(len(items)))
+        reading = backend.current.reading  # of this thread: the others follow it
+
+        def run():
+            with backend.using(reading), np.errstate(all="ignore"):
+                for i in places:  # whose next() is one step of Python: no two threads get the same
+                    results[i] = function(items[i])
+
+        with self.limited(1):
+            others = [self._others.submit(run) for _ in range(min(self.threads, len(items)) - 1)]
+            try:
+                run()
+            finally:
+                wait(others)
+        for other in others:
+            other.result()  # raises what was raised there
+        return results
 
     def loss(self, model: Module, *batch: NDArray) -> float:
         """model.loss(*batch) as a number and without a graph."""
@@ -92,29 +120,30 @@ class Shards:
             found = self._each(shard, model, _rows_of(batch, rows), weight)
             total += sum(loss for loss, _ in found)
             for _, of_shard in found:
-                _add(gradients, of_shard)
+                self._add(gradients, of_shard)
         for parameter in model.parameters():
             parameter.grad = gradients.get(id(parameter))
             if scale != 1 and parameter.grad is not None:
                 parameter.grad.data /= scale
         return total
 
+    def _add(self, gradients: dict[int, Tensor], more: dict[int, Tensor]) -> None:
+        """Adds up gradients by parameter, in the memory of the first ones."""
+        pairs = [(gradients[i].data, g.data) for i, g in more.items() if i in gradients]
+        each = worth_sharing(self.map, [b for _, b in pairs])
+        list(each(lambda pair: operator.iadd(*pair), pairs))
+        for i, g in more.items():
+            if i not in gradients:
+                gradients[i] = g.float() if is_narrow(g.data) else g
+
     def _each(self, shard: Callable, model: Module, batch: Batch, whole: float) -> list[Any]:
         """shard(rows of the batch, weight) for each thread; the weights add up to `whole`."""
         alone = (model.training and model.draws_masks()) or model.device != "cpu"
         shares = _shares(batch, 1 if alone else self.threads)
         if len(shares) == 1:
-            with self.limited():
+            with self.limited(self.threads):
                 return [shard(batch, whole)]
-        reading = backend.current.reading  # of this thread: the others follow it
-
-        def run(share):
-            rows, weight = share
-            with backend.using(reading), np.errstate(all="ignore"):
-                return shard(_rows_of(batch, rows), whole * weight)
-
-        with self._blas.limit(limits=1, user_api="blas"):
-            return list(self._pool.map(run, shares))
+        return self.map(lambda share: shard(_rows_of(batch, share[0]), whole * share[1]), shares)
 
 
 def counts(batch: Batch) -> NDArray:
@@ -135,12 +164,3 @@ def _shares(batch: Batch, n: int) -> list[tuple[NDArray, float]]:
     if len(parts) <= 1:
         return [(everything, 1.0)]
     return [(rows, float(counted[rows].sum() / counted.sum())) for rows in parts]
-
-
-def _add(gradients: dict[int, Tensor], more: dict[int, Tensor]) -> None:
-    """Adds up gradients by parameter, in the memory of the first ones."""
-    for i, gradient in more.items():
-        if i in gradients:
-            gradients[i].data += gradient.data
-        else:
-            gradients[i] = gradient.float() if is_narrow(gradient.data) else gradient

@@ -82,17 +82,18 @@ class HostStep(_Step):
 
         batch   arrays of integers with accumulate * B rows, for model.loss: (ids, targets, ...)
         """
-        parameters = list(self.model.parameters())
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         scale = self.loss_scale.scale if self.loss_scale else 1.0
-        # Also the length of the gradient has other last bits with another number of BLAS threads.
-        with np.errstate(all="ignore"), self.shards.limited():
+        each = self.shards.map
+        # With more threads of BLAS, the length of the gradient would have other last bits.
+        with np.errstate(all="ignore"), self.shards.limited(1):
             loss = self.shards.backward(self.model, *batch, pieces=self.accumulate, scale=scale)
-            norm = clip_grad_norm_(parameters, self.max_norm)
+            norm = clip_grad_norm_(parameters, self.max_norm, each)
             finite = math.isfinite(norm) and math.isfinite(loss)
             if self.loss_scale.update(finite) if self.loss_scale else finite:
                 for group in self.optimizer.param_groups:
                     group["lr"] = lr
-                self.optimizer.step()
+                self.optimizer.step(each)
         self._found, self.scale = (loss, norm), scale
 
     def finish(self) -> tuple[float, float]:

@@ -581,7 +581,8 @@ def leaf_gradients(y, gradient=None):
     found = {}
 
     def collect(leaf, gradient, owned):
-        found[id(leaf)] = Tensor(gradient if owned else gradient.copy())
+        data = gradient if owned else gradient.copy()
+        found[id(leaf)] = _fill(Tensor.__new__(Tensor), data, False, None)
 
     _walk(y, gradient, collect, None, False, False)
     return found
@@ -694,6 +695,10 @@ def _walk(root, gradient, keep, only, create_graph, retain_graph):
                         owned.add(j)  # otherwise it is borrowed: perhaps a view of another's array
                 elif j in owned:
                     arrived[j] += g
+                elif fresh:
+                    g += arrived[j]
+                    arrived[j] = g
+                    owned.add(j)
                 else:
                     arrived[j] = arrived[j] + g
                     if not isinstance(arrived[j], Tensor):

@@ -73,15 +73,9 @@ class Module:
         """The modules kept as attributes."""
         return (module for _, module in self.named_children())
 
-    def named_modules(self, prefix: str = "", _seen=None) -> Iterator[tuple[str, "Module"]]:
+    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, "Module"]]:
         """(dotted name, module) of this module (named `prefix`) and all below it, each once."""
-        seen = set() if _seen is None else _seen
-        if id(self) in seen:
-            return
-        seen.add(id(self))
-        yield prefix, self
-        for name, child in self.named_children():
-            yield from child.named_modules(_join(prefix, name), seen)
+        return _once(self._named_modules(prefix))
 
     def modules(self) -> Iterator["Module"]:
         """This module and all below it, each once."""
@@ -99,13 +93,27 @@ class Module:
         """(dotted name, Buffer), each once."""
         return _once(self._named_tensors(Buffer, prefix))
 
+    # Lists, since each step of training asks for them: generators in generators take twice as long.
+
+    def _named_modules(self, prefix):
+        """[(dotted name, module)] under every name that it has in the tree."""
+        found = [(prefix, self)]
+        for name, value in vars(self).items():
+            if isinstance(value, Module):
+                found += value._named_modules(_join(prefix, name))
+        return found
+
     def _named_tensors(self, kind, prefix=""):
-        """(dotted name, Tensor) under every name that it has in the tree."""
+        """[(dotted name, Tensor)] under every name that it has in the tree."""
+        found, children = [], []
         for name, value in vars(self).items():
             if isinstance(value, kind):
-                yield _join(prefix, name), value
-        for name, child in self.named_children():
-            yield from child._named_tensors(kind, _join(prefix, name))
+                found.append((_join(prefix, name), value))
+            elif isinstance(value, Module):
+                children.append((name, value))
+        for name, child in children:
+            found += child._named_tensors(kind, _join(prefix, name))
+        return found
 
     # --- the same for all of it ---
 
@@ -170,7 +178,8 @@ class Module:
         """Where the parameters live: "cpu", "cuda:0", ... Raises ValueError if that is on several
         devices; a module without any is on the CPU.
         """
-        where = {tensor.device for _, tensor in self._saved()} or {"cpu"}
+        tensors = self._named_tensors((Parameter, Buffer))
+        where = {of(tensor.data).name for _, tensor in tensors} or {"cpu"}
         if len(where) > 1:
             raise ValueError(
                 f"{type(self).__name__} has parameters on {' and '.join(sorted(where))}"
