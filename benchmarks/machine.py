@@ -2,6 +2,7 @@
 when it is imported, so limit_threads comes first and nothing here imports NumPy at the top.
 """
 
+import contextlib
 import os
 import platform
 import re
@@ -81,6 +82,23 @@ def slug(machine: dict) -> str:
     """
     name = machine.get("gpu") or machine["cpu"]
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
+
+
+def resident(which: str) -> int | None:
+    """Bytes of this process that are in memory: "VmRSS" now, "VmHWM" at most so far. Linux only,
+    None elsewhere.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(which))
+
+
+def forget_peak() -> None:
+    """VmHWM starts again from VmRSS, where the system lets a process say so."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _cpu():

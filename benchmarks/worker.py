@@ -48,8 +48,9 @@ class Worker:
         return result
 
     def close(self) -> None:
-        """Ends the process, whatever it does."""
+        """Ends the process, whatever it does; one that waits for a call ends by itself."""
         self._pipe.close()
+        self._process.join(2)
         self._process.terminate()
         self._process.join(5)
         if self._process.is_alive():
