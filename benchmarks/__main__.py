@@ -280,8 +280,9 @@ def generate_on_gpu(device, size, batches, prompt, new, rounds, bandwidth, minut
 
 
 GENERATE_NOTE = (
-    "weights: their bytes over the time of a step, in which each is read once. The head's product "
-    "reads its matrix once, too, and does nothing else: about what the memory allows."
+    "weights: their bytes over the time of a step, in which each is read once. The bound: what "
+    "this machine's memory gives in the same run, to the head's product, which reads its matrix "
+    "once, or to a dot product of 256 MiB with itself, whichever is faster."
 )
 
 

@@ -1,7 +1,8 @@
-"""The floor under a training step: what its arithmetic takes at the speed of a large matrix product,
-and its bytes at the speed of a large copy, both measured in the same run.
+"""The floor under a training step: what its arithmetic takes at the speed of a large matrix
+product, and its bytes at the speed of a large copy, both measured in the same run.
 """
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from tinygrad_llm.gpt import GPTConfig
 from .measure import Method
 
 SIDE = 2048  # of the matrices of the product
-COPIED = 1 << 28  # bytes: more than caches hold
+COPIED = 1 << 27  # bytes, twice: more than caches hold
 
 
 class Ceilings:
@@ -20,14 +21,14 @@ class Ceilings:
 
     def __init__(self, threads: int, method: Method, side: int = SIDE, copied: int = COPIED):
         rng = np.random.default_rng(0)
-        self.method = replace(method, seconds=0.2, warm=False)
+        self.method = replace(method, seconds=0.1, warm=False)
         self.a, self.b = rng.standard_normal((2, side, side), np.float32)
         self.product = np.empty_like(self.a)
         self.source = np.ones(copied // 4, np.float32)
         self.target = np.ones_like(self.source)
         self.pool = ThreadPoolExecutor(threads)
         ends = np.linspace(0, len(self.source), threads + 1).astype(int)
-        self.pieces = [slice(start, end) for start, end in zip(ends, ends[1:])]
+        self.pieces = [slice(start, end) for start, end in itertools.pairwise(ends)]
 
     def multiply(self) -> None:
         np.matmul(self.a, self.b, out=self.product)

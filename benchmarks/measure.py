@@ -142,9 +142,7 @@ def interleaved(alternatives: dict[str, Callable[[], object]], method: Method) -
     return taking_turns(turns, method)
 
 
-def taking_turns(
-    turns: dict[str, Callable[[], list[float]]], method: Method
-) -> dict[str, Timing]:
+def taking_turns(turns: dict[str, Callable[[], list[float]]], method: Method) -> dict[str, Timing]:
     """The same for alternatives that time a turn of theirs themselves, perhaps in other
     processes: each gives the durations of its calls.
     """

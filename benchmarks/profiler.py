@@ -78,6 +78,9 @@ class _Timed(backend.Reading):
 def _timed_kernel(kernel, name, profile):
     """A kernel for several ops, timed under its name."""
     methods = {"forward": "forward", "vjp": "backward"}
-    found = {m: profile.timed(getattr(kernel, m), name, d) for m, d in methods.items()
-             if hasattr(kernel, m)}
+    found = {
+        m: profile.timed(getattr(kernel, m), name, d)
+        for m, d in methods.items()
+        if hasattr(kernel, m)
+    }
     return type(name, (kernel,), {m: staticmethod(f) for m, f in found.items()})

@@ -134,7 +134,9 @@ class Training(Contestant):
         self.made.start(self.batch, OPTIONS["lr"])
         loss, _ = self.made.finish()
         taken = self.method.clock() - start
-        self.times["clip"].append(taken - sum(self.times[p][-1] for p in ("gradients", "optimizer")))
+        self.times["clip"].append(
+            taken - sum(self.times[p][-1] for p in ("gradients", "optimizer"))
+        )
         return loss
 
     def profile(self, steps: int) -> list[dict]:
@@ -179,7 +181,7 @@ def _batch(setting):
 
 
 @contextlib.contextmanager
-def _field(setting: Setting, threads: int, method: Method, compiled: bool):
+def field(setting: Setting, threads: int, method: Method, compiled: bool):
     """Yields the workers by name, all with the same weights, and why one is missing, or None."""
     from .torch_gpt import Training as Peer
 
@@ -233,7 +235,7 @@ def measure_setting(
     WorkerError if somebody's process cannot do it.
     """
     method = Method.for_threads(threads, amount.rounds)
-    with _field(setting, threads, method, compiled) as (workers, why):
+    with field(setting, threads, method, compiled) as (workers, why):
         racers = {key: worker for key, worker in workers.items() if key in NAMES}
         losses = {key: worker.call("losses", amount.check) for key, worker in racers.items()}
         losses = compare_losses(losses)
