@@ -1,7 +1,7 @@
 """The command line, from the repository's root:
 
-    python -m benchmarks ops | train | lora | generate | shakespeare | spam | verdict | tokenizer |
-                         load | gradcheck | kernels
+    python -m benchmarks ops | train | techniques | lora | generate | shakespeare | spam | verdict |
+                         tokenizer | load | gradcheck | kernels
 
 Each command sets the number of threads first and imports the rest afterwards: see machine.py.
 """
@@ -284,6 +284,29 @@ GENERATE_NOTE = (
     "this machine's memory gives in the same run, to the head's product, which reads its matrix "
     "once, or to a dot product of 256 MiB with itself, whichever is faster."
 )
+
+
+@app.command()
+def techniques(
+    size: Annotated[Text, typer.Option(help="Shapes.")] = Text.gpt2,
+    rounds: Rounds = 9,
+    threads: Threads = 2,
+    save: Save = False,
+    results: Results = RESULTS,
+):
+    """What each technique of docs/speed.md gains: the same result without it and with it."""
+    description, method = (
+        prepare(threads, False, save, results),
+        Method.for_threads(threads, rounds),
+    )
+    from .techniques import NOTE, measure
+
+    try:
+        data, table = measure(size.value, method, threads)
+    except ValueError as error:
+        fail(str(error), code=1)
+    settings = {"size": size.value, "rounds": rounds}
+    finish(Result("techniques", settings, data, [table], [NOTE]), description, save, results)
 
 
 @app.command()

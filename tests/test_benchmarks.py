@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are not installed, they run from the repository
 
-from benchmarks import floor, loading, machine, train  # noqa: E402
+from benchmarks import floor, loading, machine, techniques, train  # noqa: E402
 from benchmarks.measure import Method, Ratio, Spread, Timing, interleaved  # noqa: E402
 from benchmarks.profiler import Profile  # noqa: E402
 from benchmarks.report import Result, Table, duration  # noqa: E402
@@ -124,6 +124,17 @@ def test_train_refuses_rows_that_do_not_fit():
     done = run("train", "--model", "gpt2", "--batch", "3")
     assert done.returncode == 2
     assert "a power of 2, not 3" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_techniques(monkeypatch):
+    """What is timed must be the same work, also when threads share it out."""
+    for threads in (1, 2):
+        data, table = techniques.measure("tiny", Method(rounds=1, seconds=0.0), threads)
+        assert len(table.rows) == len(data) == 12
+        assert all(found["gain"]["median"] > 0 for found in data.values())
+    monkeypatch.setattr(techniques, "moments_by_blas", lambda x: 1.001 * techniques.moments(x))
+    with pytest.raises(ValueError, match="mean and variance by BLAS: the results differ"):
+        techniques.measure("tiny", Method(rounds=1, seconds=0.0), 1)
 
 
 @needs_torch
