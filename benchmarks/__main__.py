@@ -131,7 +131,8 @@ def train(
     models = model or [Model.nano, Model.default, Model.gpt2]
     if batch and Model.gpt2 not in models:
         fail("--batch is for --model gpt2; the other models have one of their own")
-    description = prepare(threads, True, save, results)
+    check_torch()
+    description = prepare(threads, False, save, results)  # PyTorch is in other processes
     from . import train as job
     from .worker import WorkerError
 
@@ -676,10 +677,15 @@ TRAIN_NOTE = (
 def prepare(threads: int, peer: bool, save: bool, results: Path) -> dict:
     """Threads first, then the machine's description, before there is any load of our own."""
     check_folder(save, results)
-    if peer and not machine.installed("torch"):
-        fail("this needs PyTorch to compare with: pip install -e '.[test]'")
-    machine.limit_threads(threads)
+    if peer:
+        check_torch()
+    machine.limit_threads(threads, torch=peer)
     return machine.describe(threads)
+
+
+def check_torch() -> None:
+    if not machine.installed("torch"):
+        fail("this needs PyTorch to compare with: pip install -e '.[test]'")
 
 
 def prepare_gpu(device: str, save: bool, results: Path) -> dict:

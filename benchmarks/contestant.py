@@ -57,3 +57,10 @@ class Contestant:
         start = self.method.clock()
         yield
         self.times[name].append(self.method.clock() - start)
+
+
+def torchs(*arguments) -> Contestant:
+    """torch_gpt.Training(*arguments), for whoever has no need of PyTorch in its own process."""
+    from .torch_gpt import Training
+
+    return Training(*arguments)

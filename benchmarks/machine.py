@@ -13,12 +13,14 @@ from pathlib import Path
 _VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
 
 
-def limit_threads(count: int) -> None:
-    """The same number of threads for NumPy's BLAS and for PyTorch, where it is installed."""
+def limit_threads(count: int, torch: bool = False) -> None:
+    """The same number of threads for NumPy's BLAS, here and in processes that this one starts, and
+    for PyTorch, if it is needed here.
+    """
     if "numpy" in sys.modules:
         raise RuntimeError("limit_threads comes too late: NumPy is imported already")
     os.environ.update(dict.fromkeys(_VARIABLES, str(count)) | {"MKL_DYNAMIC": "FALSE"})
-    if installed("torch"):
+    if torch:
         import torch
 
         torch.set_num_threads(count)

@@ -13,6 +13,7 @@ def draw(data: dict, title: str, path: Path) -> Path:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from PIL import Image  # which comes with matplotlib
 
     from .train import NAMES
 
@@ -23,20 +24,12 @@ def draw(data: dict, title: str, path: Path) -> Path:
         _steps(left, name, found, {key: NAMES[key] for key in NAMES if key in found})
         _phases(right, found)
     figure.suptitle(title, fontsize=7)
-    # 64 colours are enough for bars and letters, in a third of the bytes.
-    figure.canvas.draw()
-    from PIL import Image
-
-    picture = Image.fromarray(_pixels(figure)).convert("RGB").quantize(64)
-    picture.save(path, optimize=True)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
+    with Image.open(path) as picture:
+        few = picture.convert("RGB").quantize(32)  # colours: a third of the bytes
+    few.save(path, optimize=True)
     return path
-
-
-def _pixels(figure):
-    import numpy as np
-
-    return np.asarray(figure.canvas.buffer_rgba())
 
 
 def _steps(axes, name, found, names):
@@ -64,5 +57,5 @@ def _phases(axes, found):
     axes.set_title("ours by phase")
     axes.set_xlabel("% of the step", fontsize=8)
     axes.tick_params(labelsize=8)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower right")
     axes.invert_yaxis()

@@ -21,7 +21,7 @@ from tinygrad_llm.random import Generator
 from tinygrad_llm.step import make_step
 
 from . import floor
-from .contestant import MAX_NORM, OPTIONS, PHASES, Contestant
+from .contestant import MAX_NORM, OPTIONS, PHASES, Contestant, torchs
 from .measure import Method, Ratio, Spread, Timing, taking_turns
 from .profiler import Profile
 from .report import Table, duration
@@ -182,31 +182,38 @@ def _batch(setting):
 
 @contextlib.contextmanager
 def field(setting: Setting, threads: int, method: Method, compiled: bool):
-    """Yields the workers by name, all with the same weights, and why one is missing, or None."""
-    from .torch_gpt import Training as Peer
-
-    cfg, batch, why = setting.cfg.to_dict(), _batch(setting), None
+    """Yields the workers by name, each in its process; they are ended afterwards."""
+    cfg, batch = setting.cfg.to_dict(), _batch(setting)
     workers = {"ours": Worker(Training, setting, threads, method)}
     for name in ("torch", "compiled")[: 1 + compiled]:
-        workers[name] = Worker(Peer, cfg, batch, name == "compiled", threads, method)
+        workers[name] = Worker(torchs, cfg, batch, name == "compiled", threads, method)
     workers["machine"] = Worker(floor.Ceilings, threads, method)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = str(Path(folder) / "weights.safetensors")
-            workers["ours"].call("save", path)
-            for name in set(workers) & {"torch", "compiled"}:
-                try:
-                    workers[name].call("load", path)
-                except WorkerError as error:
-                    if name != "compiled":
-                        raise
-                    why = str(error)
-        if why is not None:
-            workers.pop("compiled").close()
-        yield workers, why
+        yield workers
     finally:
         for worker in workers.values():
             worker.close()
+
+
+def first_losses(workers: dict[str, Worker], steps: int) -> tuple[dict, str | None]:
+    """The losses of each, from our first weights on, and why there are none of torch.compile: it is
+    left out where it cannot work. Raises WorkerError if one of the others fails.
+    """
+    losses, why = {}, None
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "weights.safetensors")
+        workers["ours"].call("save", path)
+        for name in [name for name in NAMES if name in workers]:
+            try:
+                if name != "ours":
+                    workers[name].call("load", path)
+                losses[name] = workers[name].call("losses", steps)
+            except WorkerError as error:
+                if name != "compiled":
+                    raise
+                workers.pop(name).close()
+                why = str(error)
+    return losses, why
 
 
 def compare_losses(losses: dict[str, list[float]]) -> dict:
@@ -235,10 +242,10 @@ def measure_setting(
     WorkerError if somebody's process cannot do it.
     """
     method = Method.for_threads(threads, amount.rounds)
-    with field(setting, threads, method, compiled) as (workers, why):
-        racers = {key: worker for key, worker in workers.items() if key in NAMES}
-        losses = {key: worker.call("losses", amount.check) for key, worker in racers.items()}
+    with field(setting, threads, method, compiled) as workers:
+        losses, why = first_losses(workers, amount.check)
         losses = compare_losses(losses)
+        racers = {key: workers[key] for key in NAMES if key in workers}
         step = workers["ours"].call("step_seconds")
         seconds = min(amount.steps * step, LONGEST_TURN)
         method = replace(method, seconds=seconds, warm=step < LONGEST_TURN)

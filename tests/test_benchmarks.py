@@ -94,7 +94,7 @@ def test_ops(tmp_path):
 
 @needs_torch
 def test_train(tmp_path):
-    small = ["--model", "tiny", "--rounds", "2", "--steps", "2", "--threads", "1", "--no-compile"]
+    small = ["--model", "tiny", "--rounds", "1", "--steps", "2", "--threads", "1", "--no-compile"]
     done = run("train", *small, "--save", "--results", str(tmp_path))
     assert done.returncode == 0, done.stderr
     result = saved(tmp_path, "train")["tiny"]
@@ -374,28 +374,29 @@ def test_differences_and_parts():
     assert chain.per(2) == Timing((5.0, 7.0), 4.5)
 
 
-class Field:
-    """Two workers of which the second one cannot be made."""
+class Mute:
+    """A worker that cannot do one thing."""
 
-    def __init__(self, factory, *arguments):
-        self.compiled = factory is not train.Training and True in arguments
-        self.closed = False
+    def __init__(self, cannot):
+        self.cannot, self.closed = cannot, False
 
     def call(self, method, *arguments):
-        if method == "load" and self.compiled:
+        if method == self.cannot:
             raise WorkerError("InvalidCxxCompiler: No working C++ compiler found")
+        return [2.0]
 
     def close(self):
         self.closed = True
 
 
-@needs_torch
-def test_where_torch_compile_cannot_work_the_others_race(monkeypatch):
-    monkeypatch.setattr(train, "Worker", Field)
-    setting = train.SETTINGS["tiny"]()
-    with train.field(setting, 2, Method(rounds=1), compiled=True) as (workers, why):
-        assert set(workers) == {"ours", "torch", "machine"} and "C++ compiler" in why
-    assert all(worker.closed for worker in workers.values())
+@pytest.mark.parametrize("cannot", ["load", "losses"])
+def test_where_torch_compile_cannot_work_the_others_race(cannot):
+    workers = {"ours": Mute(None), "torch": Mute(None), "compiled": (compiled := Mute(cannot))}
+    losses, why = train.first_losses(workers, 1)
+    assert losses == {"ours": [2.0], "torch": [2.0]} and "C++ compiler" in why
+    assert set(workers) == set(losses) and compiled.closed
+    with pytest.raises(WorkerError, match="compiler"):
+        train.first_losses({"ours": Mute(None), "torch": Mute(cannot)}, 1)
 
 
 def test_losses_that_differ_are_refused():
