@@ -1,6 +1,8 @@
 """The benchmarks run, at settings that take seconds: well-formed results, and sums that add up."""
 
+import ast
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -14,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are not installed, they run from the repository
 
 from benchmarks import floor, loading, machine, techniques, train  # noqa: E402
+from benchmarks.contestant import Contestant  # noqa: E402
 from benchmarks.measure import Method, Ratio, Spread, Timing, interleaved  # noqa: E402
 from benchmarks.profiler import Profile  # noqa: E402
 from benchmarks.report import Result, Table, duration  # noqa: E402
@@ -372,6 +375,23 @@ def test_differences_and_parts():
     chain, numpy = Timing((10.0, 14.0), best=9.0), Timing((4.0, 6.0), best=3.0)
     assert chain.minus(numpy) == Timing((6.0, 8.0), 6.0)
     assert chain.per(2) == Timing((5.0, 7.0), 4.5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_is_what_came_and_went():
+    first = Contestant(Method(rounds=1))
+    with mmap.mmap(-1, 64 << 20) as memory:
+        memory[::4096] = bytes(len(memory) // 4096)  # every page is touched
+    assert 60 << 20 < first.peak() < 200 << 20
+    assert Contestant(Method(rounds=1)).peak() < 30 << 20  # that is forgotten now
+
+
+def test_pytorchs_process_has_nothing_of_ours():
+    """Whose kernels change the allocator."""
+    for name in ("contestant", "torch_gpt", "worker", "measure", "machine"):
+        tree = ast.parse((ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8"))
+        for node in [x for x in tree.body if isinstance(x, ast.Import | ast.ImportFrom)]:
+            assert "tinygrad_llm" not in ast.unparse(node)
 
 
 class Mute:
