@@ -13,18 +13,18 @@ from tinygrad_llm.gpt import GPTConfig
 from .measure import Method
 
 SIDE = 2048  # of the matrices of the product
-COPIED = 1 << 27  # bytes, twice: more than caches hold
+COPIED = 1 << 27  # bytes: with the copy, more than caches hold
 
 
 class Ceilings:
     """What this machine can do at best with so many threads, in turns as everything else."""
 
-    def __init__(self, threads: int, method: Method, side: int = SIDE, copied: int = COPIED):
+    def __init__(self, threads: int, method: Method):
         rng = np.random.default_rng(0)
-        self.method = replace(method, seconds=0.1, warm=False)
-        self.a, self.b = rng.standard_normal((2, side, side), np.float32)
+        self.method = replace(method, seconds=0.25, warm=False)
+        self.a, self.b = rng.standard_normal((2, SIDE, SIDE), np.float32)
         self.product = np.empty_like(self.a)
-        self.source = np.ones(copied // 4, np.float32)
+        self.source = np.ones(COPIED // 4, np.float32)
         self.target = np.ones_like(self.source)
         self.pool = ThreadPoolExecutor(threads)
         ends = np.linspace(0, len(self.source), threads + 1).astype(int)
