@@ -122,11 +122,12 @@ def test_train(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size < 60_000
 
 
-@needs_torch
-def test_train_refuses_rows_that_do_not_fit():
-    done = run("train", "--model", "gpt2", "--batch", "3")
-    assert done.returncode == 2
-    assert "a power of 2, not 3" in done.stderr and done.stderr.count("\n") == 1
+def test_gpt2s_rows_share_its_tokens():
+    found = train.settings(["tiny", "gpt2"], None)
+    assert list(found) == ["tiny", "gpt2, 4 x 256", "gpt2, 1 x 1024"]
+    assert [setting.tokens for setting, _ in found.values()] == [32, 1024, 1024]
+    with pytest.raises(ValueError, match="a power of 2, not 3"):
+        train.settings(["gpt2"], [3])
 
 
 def test_techniques(monkeypatch):
