@@ -1,7 +1,7 @@
 """The command line, from the repository's root:
 
-    python -m benchmarks ops | train | lora | generate | shakespeare | spam | verdict | tokenizer |
-                         load | gradcheck | kernels
+    python -m benchmarks ops | train | techniques | lora | generate | shakespeare | spam | verdict |
+                         tokenizer | load | gradcheck | kernels
 
 Each command sets the number of threads first and imports the rest afterwards: see machine.py.
 """
@@ -80,20 +80,31 @@ def ops(
 def train(
     model: Annotated[
         list[Model] | None,
-        typer.Option(help="Models; may be repeated. On a GPU: gpt2, else the two others."),
+        typer.Option(help="Models; may be repeated. Without: all but tiny; on a GPU: gpt2."),
     ] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Turns of each; 9, on a GPU 3.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Turns of each; 9, of gpt2 5, on a GPU 3.")
+    ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps in a turn, about: 10; on a GPU in a block: 5.")
+        int | None,
+        typer.Option(min=1, help="Steps in a turn, about: 10, of gpt2 1; on a GPU in a block: 5."),
     ] = None,
     check: Annotated[
-        int | None, typer.Option(min=1, help="Losses that must agree first: 10; on a GPU 20.")
+        int | None,
+        typer.Option(min=1, help="Losses that must agree first: 10, of gpt2 2, on a GPU 20."),
     ] = None,
     device: Place = Where.cpu,
     batch: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="On a GPU: rows; may be repeated. Without: 8, 16, 32 and 64."),
+        typer.Option(
+            min=1,
+            help="Rows of gpt2; may be repeated. On the CPU they share 1,024 tokens; without: 4 "
+            "and 1. On a GPU each has 1,024; without: 8, 16, 32 and 64.",
+        ),
     ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="On the CPU: race torch.compile, too.")
+    ] = True,
     vocab: Annotated[int, typer.Option(min=2, help="On a GPU: 50304, or GPT-2's 50257.")] = 50304,
     profile: Annotated[
         bool, typer.Option("--profile", help="On a GPU: only which kernels a step spends time in.")
@@ -117,23 +128,37 @@ def train(
         return train_on_gpu(
             device.value, size, counts, batches, vocab, profile, peak, minutes, save, results
         )
-    if model is not None and Model.gpt2 in model:
-        fail("--model gpt2 needs --device cuda")
-    rounds, steps, check = rounds or 9, steps or 10, check or 10
-    description, method = prepare(threads, True, save, results), Method.for_threads(threads, rounds)
-    from .train import measure_setting
+    models = model or [Model.nano, Model.default, Model.gpt2]
+    if batch and Model.gpt2 not in models:
+        fail("--batch is for --model gpt2; the other models have one of their own")
+    check_torch()
+    description = prepare(threads, False, save, results)  # PyTorch is in other processes
+    from . import train as job
+    from .worker import WorkerError
 
-    data, tables, notes = {}, [], [RATIO_NOTE]
-    for name in [m.value for m in model or (Model.nano, Model.default)]:
+    try:
+        settings = job.settings([m.value for m in models], batch)
+    except ValueError as error:
+        fail(str(error))
+    data, tables, notes = {}, [], [RATIO_NOTE, TRAIN_NOTE]
+    for name, (setting, amount) in settings.items():
         say(f"measuring {name}")
+        amount = job.Amount(*(n or d for n, d in zip((rounds, steps, check), amount)))
         try:
-            data[name], more, note = measure_setting(name, method, steps, check, threads)
-        except ValueError as error:
+            data[name], more, notes_on_it = job.measure_setting(
+                name, setting, amount, threads, compiled
+            )
+        except (ValueError, WorkerError) as error:
             fail(f"{name}: {error}", code=1)
         tables += more
-        notes.append(note)
-    settings = {"rounds": rounds, "steps": steps, "check": check}
-    finish(Result("train", settings, data, tables, notes), description, save, results)
+        notes += notes_on_it
+    result = Result("train", {"models": ", ".join(data)}, data, tables, notes)
+    finish(result, description, save, results)
+    if save:
+        from .picture import draw
+
+        path = draw(data, machine.sentence(description), result.path(results, description, ".png"))
+        print(f"saved {path}")
 
 
 def train_on_gpu(device, size, counts, batches, vocab, profile, peak, minutes, save, results):
@@ -256,9 +281,33 @@ def generate_on_gpu(device, size, batches, prompt, new, rounds, bandwidth, minut
 
 
 GENERATE_NOTE = (
-    "weights: their bytes over the time of a step, in which each is read once. The head's product "
-    "reads its matrix once, too, and does nothing else: about what the memory allows."
+    "weights: their bytes over the time of a step, in which each is read once. The bound: what "
+    "this machine's memory gives in the same run, to the head's product, which reads its matrix "
+    "once, or to a dot product of 256 MiB with itself, whichever is faster."
 )
+
+
+@app.command()
+def techniques(
+    size: Annotated[Text, typer.Option(help="Shapes.")] = Text.gpt2,
+    rounds: Rounds = 9,
+    threads: Threads = 2,
+    save: Save = False,
+    results: Results = RESULTS,
+):
+    """What each technique of docs/speed.md gains: the same result without it and with it."""
+    description, method = (
+        prepare(threads, False, save, results),
+        Method.for_threads(threads, rounds),
+    )
+    from .techniques import NOTE, measure
+
+    try:
+        data, table = measure(size.value, method, threads)
+    except ValueError as error:
+        fail(str(error), code=1)
+    settings = {"size": size.value, "rounds": rounds}
+    finish(Result("techniques", settings, data, [table], [NOTE]), description, save, results)
 
 
 @app.command()
@@ -616,13 +665,27 @@ RATIO_NOTE = (
 )
 
 
+TRAIN_NOTE = (
+    "peak memory: of a process of its own for each, less what it had before there was a model; its "
+    "ratio is PyTorch's over ours. floor: the operations of the matrix products at the speed of a "
+    "large one, and the bytes of all else, each array read or written once, at that of a large "
+    "copy; small arrays stay in caches, and can be faster. Ours by phase: under the profiler, the "
+    "mean over the threads."
+)
+
+
 def prepare(threads: int, peer: bool, save: bool, results: Path) -> dict:
     """Threads first, then the machine's description, before there is any load of our own."""
     check_folder(save, results)
-    if peer and not machine.installed("torch"):
-        fail("this needs PyTorch to compare with: pip install -e '.[test]'")
-    machine.limit_threads(threads)
+    if peer:
+        check_torch()
+    machine.limit_threads(threads, torch=peer)
     return machine.describe(threads)
+
+
+def check_torch() -> None:
+    if not machine.installed("torch"):
+        fail("this needs PyTorch to compare with: pip install -e '.[test]'")
 
 
 def prepare_gpu(device: str, save: bool, results: Path) -> dict:

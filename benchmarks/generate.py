@@ -22,7 +22,15 @@ SIZES = {
     "tiny": {"vocab_size": 97, "emb_dim": 16, "n_heads": 2, "n_layers": 2},  # that it runs
     "gpt2": {},
 }
-PARTS = ("ours", "transformers", "ours, 1 token", "transformers, 1 token", "the head's product")
+PARTS = (
+    "ours",
+    "transformers",
+    "ours, 1 token",
+    "transformers, 1 token",
+    "the head's product",
+    "reading",
+)
+READ = 1 << 26  # numbers of float32 that "reading" goes over: more than caches hold
 
 
 @dataclass(frozen=True)
@@ -69,15 +77,26 @@ def measure_task(ours: GPT, peer, task: Task, method: Method) -> tuple[dict, lis
         raise ValueError(f"{task}: ours and transformers' greedy texts differ")
     head = ours.out_head.weight.data
     x = rng.standard_normal((task.batch, head.shape[1]), np.float32)
-    calls = mine, theirs, lambda: mine(1), lambda: theirs(1), lambda: x @ head.T
+    many = np.ones(READ, np.float32)
+    calls = (
+        mine,
+        theirs,
+        lambda: mine(1),
+        lambda: theirs(1),
+        lambda: x @ head.T,
+        lambda: many @ many,
+    )
     times = interleaved(dict(zip(PARTS, calls, strict=True)), replace(method, seconds=0.0))
     data = {"task": str(task), **{name: times[name].to_dict() for name in PARTS}}
     data["ratio"] = (ratio := Ratio.of(times["transformers"], times["ours"])).to_dict()
     read = 4 * (ours.num_parameters() - ours.pos_emb.weight.numel())  # bytes of weights, each token
     rows = [_row(name, times[name], times[f"{name}, 1 token"], task, read) for name in PARTS[:2]]
+    speeds = {p: n / times[p].median for p, n in zip(PARTS[4:], (head.nbytes, many.nbytes))}
+    for row in rows:
+        row["share_of_bandwidth"] = row["bytes_per_second"] / max(speeds.values())
     data["decoding"] = {row["name"]: row for row in rows}
-    data["head_bytes_per_second"] = head.nbytes / times[PARTS[-1]].median
-    return data, [_table(task, rows, ratio, data["head_bytes_per_second"])]
+    data["bandwidth"] = speeds
+    return data, [_table(task, rows, ratio, speeds)]
 
 
 def _row(name: str, whole: Timing, first: Timing, task: Task, read: int) -> dict:
@@ -93,14 +112,15 @@ def _row(name: str, whole: Timing, first: Timing, task: Task, read: int) -> dict
     }
 
 
-def _table(task, rows, ratio, head):
-    columns = ["greedy, float32", "all", "tokens/s", "first token", "each further step", "weights"]
-    table = Table(str(task), columns)
+def _table(task, rows, ratio, speeds):
+    columns = ["greedy, float32", "all", "tokens/s", "first token", "each further step"]
+    table = Table(str(task), [*columns, "weights", "of the bound"])
     for row in rows:
         times = [duration(row[key]) for key in ("prefill_seconds", "step_seconds")]
         speed = f"{row['bytes_per_second'] / 1e9:.1f} GB/s"
-        rate = f"{row['tokens_per_second']:.1f}"
-        table.rows.append([row["name"], duration(row["seconds"]), rate, *times, speed])
-    table.rows.append(["the head's product alone", "", "", "", "", f"{head / 1e9:.1f} GB/s"])
-    table.rows.append(["ratio", str(ratio), "", "", "", ""])
+        rate, share = f"{row['tokens_per_second']:.1f}", f"{row['share_of_bandwidth']:.0%}"
+        table.rows.append([row["name"], duration(row["seconds"]), rate, *times, speed, share])
+    for name, speed in speeds.items():
+        table.rows.append([f"{name} alone", "", "", "", "", f"{speed / 1e9:.1f} GB/s", ""])
+    table.rows.append(["ratio", str(ratio), "", "", "", "", ""])
     return table

@@ -31,15 +31,11 @@ name, kind, rank, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.
 machine.limit_threads(threads)
 from benchmarks.lora import Training
 
-def memory(of):
-    lines = open("/proc/self/status").read().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(of))
-
-before = memory("VmRSS")
+before = machine.resident("VmRSS")
 training = Training(name, kind, rank, threads)
 for _ in range(3):
     training.step()
-print(memory("VmHWM") - before)
+print(machine.resident("VmHWM") - before)
 """
 
 

@@ -2,6 +2,7 @@
 when it is imported, so limit_threads comes first and nothing here imports NumPy at the top.
 """
 
+import contextlib
 import os
 import platform
 import re
@@ -12,12 +13,14 @@ from pathlib import Path
 _VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
 
 
-def limit_threads(count: int) -> None:
-    """The same number of threads for NumPy's BLAS and for PyTorch, where it is installed."""
+def limit_threads(count: int, torch: bool = False) -> None:
+    """The same number of threads for NumPy's BLAS, here and in processes that this one starts, and
+    for PyTorch, if it is needed here.
+    """
     if "numpy" in sys.modules:
         raise RuntimeError("limit_threads comes too late: NumPy is imported already")
     os.environ.update(dict.fromkeys(_VARIABLES, str(count)) | {"MKL_DYNAMIC": "FALSE"})
-    if installed("torch"):
+    if torch:
         import torch
 
         torch.set_num_threads(count)
@@ -81,6 +84,23 @@ def slug(machine: dict) -> str:
     """
     name = machine.get("gpu") or machine["cpu"]
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
+
+
+def resident(which: str) -> int | None:
+    """Bytes of this process that are in memory: "VmRSS" now, "VmHWM" at most so far. Linux only,
+    None elsewhere.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(which))
+
+
+def forget_peak() -> None:
+    """VmHWM starts again from VmRSS, where the system lets a process say so."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _cpu():

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class Method:
     seconds     how long a turn lasts, about
     pause       seconds of rest before a turn
     clock       the time in seconds
+    warm        whether a turn begins with a call that does not count
     """
 
     rounds: int
@@ -23,6 +25,7 @@ class Method:
     pause: float = 0.0
     clock: Callable[[], float] = time.perf_counter
     sleep: Callable[[float], None] = time.sleep
+    warm: bool = True
 
     @classmethod
     def for_threads(cls, threads: int, rounds: int, seconds: float = 0.03) -> "Method":
@@ -35,8 +38,9 @@ class Method:
         return cls(rounds, seconds, pause=0.1)
 
     def turn(self, call: Callable[[], object]) -> list[float]:
-        """Durations of calls for the method's seconds, at least one; the first call left out."""
-        call()
+        """Durations of calls for the method's seconds, at least one."""
+        if self.warm:
+            call()
         durations, end = [], self.clock() + self.seconds
         while not durations or self.clock() < end:
             start = self.clock()
@@ -134,9 +138,17 @@ def interleaved(alternatives: dict[str, Callable[[], object]], method: Method) -
     calls for the method's seconds, at least one; their median is the round's number. The first
     round is a warm-up and does not count either.
     """
-    turns = {name: [] for name in alternatives}
+    turns = {name: partial(method.turn, call) for name, call in alternatives.items()}
+    return taking_turns(turns, method)
+
+
+def taking_turns(turns: dict[str, Callable[[], list[float]]], method: Method) -> dict[str, Timing]:
+    """The same for alternatives that time a turn of theirs themselves, perhaps in other
+    processes: each gives the durations of its calls.
+    """
+    found = {name: [] for name in turns}
     for _ in range(method.rounds + 1):
-        for name, call in alternatives.items():
+        for name, turn in turns.items():
             method.sleep(method.pause)
-            turns[name].append(method.turn(call))
-    return {name: Timing.of(those[1:]) for name, those in turns.items()}
+            found[name].append(turn())
+    return {name: Timing.of(those[1:]) for name, those in found.items()}

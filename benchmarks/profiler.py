@@ -3,24 +3,34 @@ clock before and after. The engine knows nothing of it.
 """
 
 import copy
+import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 
 from tinygrad_llm import backend
 
 
 class Profile:
-    """Seconds and calls of each op, forward and backward.
+    """Seconds and calls of each op, forward and backward: (op name, "forward" or "backward") -> ...
 
     with backend.using(profile.reading()):
         ...
+
+    Where threads share a step out, these are the means of what each of them took.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self.clock = clock
-        self.seconds = defaultdict(float)  # (op name, "forward" or "backward") -> seconds
-        self.calls = Counter()
+        self._found = {}  # thread -> (seconds, calls): each writes to its own
+
+    @property
+    def seconds(self) -> dict[tuple[str, str], float]:
+        return self._mean(0)
+
+    @property
+    def calls(self) -> dict[tuple[str, str], float]:
+        return self._mean(1)
 
     def reading(self, of: backend.Reading = backend.CPU) -> backend.Reading:
         """The same code as `of`, timed."""
@@ -28,8 +38,7 @@ class Profile:
 
     def clear(self) -> None:
         """Starts again from zero."""
-        self.seconds.clear()
-        self.calls.clear()
+        self._found.clear()
 
     def timed(self, function, name: str, direction: str):
         """The function, its time and calls counted here."""
@@ -37,27 +46,41 @@ class Profile:
         def run(*args, **keywords):
             start = self.clock()
             result = function(*args, **keywords)
-            self.seconds[name, direction] += self.clock() - start
-            self.calls[name, direction] += 1
+            taken = self.clock() - start
+            seconds, calls = self._found.setdefault(threading.get_ident(), (Counter(), Counter()))
+            seconds[name, direction] += taken
+            calls[name, direction] += 1
             return result
 
         return run
 
+    def _mean(self, which):
+        total = Counter()
+        for found in self._found.values():
+            total.update(found[which])
+        return {key: value / len(self._found) for key, value in total.items()}
+
 
 class _Timed(backend.Reading):
     def __init__(self, of, profile):
-        super().__init__(of.space, of.kernels)
+        fused = {name: _timed_kernel(kernel, name, profile) for name, kernel in of.fused.items()}
+        super().__init__(of.space, of.kernels, of.off, fused=fused)
         self.of, self.profile = of, profile
-        self.fused = {name: self._timed(kernel, name) for name, kernel in of.fused.items()}
 
     def __missing__(self, op):
-        self[op] = self._timed(copy.copy(self.of[op]), op.name)
-        return self[op]
+        implementation = copy.copy(self.of[op])
+        implementation.forward = self.profile.timed(implementation.forward, op.name, "forward")
+        implementation.vjp = self.profile.timed(implementation.vjp, op.name, "backward")
+        self[op] = implementation
+        return implementation
 
-    def _timed(self, kernel, name):
-        """The Implementation, or a subclass of the fused kernel, with its functions timed."""
-        timed = type(kernel.__name__, (kernel,), {}) if isinstance(kernel, type) else kernel
-        for function, direction in (("forward", "forward"), ("vjp", "backward")):
-            timed_function = self.profile.timed(getattr(kernel, function), name, direction)
-            setattr(timed, function, timed_function)
-        return timed
+
+def _timed_kernel(kernel, name, profile):
+    """A kernel for several ops, timed under its name."""
+    methods = {"forward": "forward", "vjp": "backward"}
+    found = {
+        m: profile.timed(getattr(kernel, m), name, d)
+        for m, d in methods.items()
+        if hasattr(kernel, m)
+    }
+    return type(name, (kernel,), {m: staticmethod(f) for m, f in found.items()})

@@ -3,11 +3,20 @@
 Parameters have the names and shapes of tinygrad_llm's, so that weights are copied in one line.
 """
 
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own name for it)
 from torch import nn
 
-from tinygrad_llm.gpt import GPTConfig
+from .contestant import MAX_NORM, OPTIONS, Contestant
+from .measure import Method
+
+if TYPE_CHECKING:
+    from tinygrad_llm.gpt import GPTConfig
 
 
 class Attention(nn.Module):
@@ -136,3 +145,52 @@ def same_model(model) -> TorchGPT:
         peer = TorchGPT(model.cfg)
         peer.load_state_dict({name: torch.from_numpy(a.copy()) for name, a in ours.items()})
     return peer
+
+
+class Training(Contestant):
+    """PyTorch's side of the race of training steps on the CPU: the fused AdamW.
+
+    cfg         the numbers of a GPTConfig
+    batch       ids and targets, (B, T) each
+    compiled    whether torch.compile makes the loss and its gradient
+    """
+
+    def __init__(self, cfg: dict, batch, compiled: bool, threads: int, method: Method):
+        torch.set_num_threads(threads)
+        self.cfg, self.compiled = cfg, compiled
+        self.batch = [torch.from_numpy(a) for a in batch]
+        _warm_up(compiled)
+        super().__init__(method)
+
+    def load(self, weights: str) -> None:
+        """Makes the model, with the weights of a file of safetensors."""
+        from safetensors.torch import load_file
+
+        self.model = TorchGPT(SimpleNamespace(**self.cfg))
+        self.model.load_state_dict(load_file(weights))
+        self.loss = self.model.loss
+        if self.compiled:
+            self.loss = torch.compile(self.loss, dynamic=False)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True, **OPTIONS)
+
+    def step(self) -> float:
+        with self.phase("gradients"):
+            self.optimizer.zero_grad()
+            loss = self.loss(*self.batch)
+            loss.backward()
+            found = loss.item()
+        with self.phase("clip"):
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
+        with self.phase("optimizer"):
+            self.optimizer.step()
+        return found
+
+
+def _warm_up(compiled):
+    """A small step, so that what PyTorch loads when it is first used is there, and does not count
+    as the model's. Raises what torch.compile cannot do without, such as a C++ compiler.
+    """
+    x = nn.Parameter(torch.ones(8, 8))
+    product = torch.compile(lambda a, b: (a @ b).exp(), dynamic=False) if compiled else torch.matmul
+    product(x, x.tanh()).sum().backward()
+    torch.optim.AdamW([x], fused=True).step()

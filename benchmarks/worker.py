@@ -38,7 +38,7 @@ class Worker:
             self._pipe.send((method, arguments, options))
             left = max(self.deadline - time.monotonic(), 0.1)
             if not self._pipe.poll(None if math.isinf(left) else left):
-                self.close()
+                self.close(wait=0)
                 raise WorkerError("out of time")
             kind, result = self._pipe.recv()
         except (EOFError, OSError):
@@ -47,9 +47,12 @@ class Worker:
             raise kind(result)
         return result
 
-    def close(self) -> None:
-        """Ends the process, whatever it does."""
+    def close(self, wait: float = 2) -> None:
+        """Ends the process, whatever it does. One that waits for a call ends by itself, and has so
+        many seconds for it.
+        """
         self._pipe.close()
+        self._process.join(wait)
         self._process.terminate()
         self._process.join(5)
         if self._process.is_alive():

@@ -1,22 +1,31 @@
 """The benchmarks run, at settings that take seconds: well-formed results, and sums that add up."""
 
+import ast
 import json
+import mmap
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are not installed, they run from the repository
 
-from benchmarks import loading, machine  # noqa: E402
+from benchmarks import floor, loading, machine, techniques, train  # noqa: E402
+from benchmarks.contestant import Contestant  # noqa: E402
 from benchmarks.measure import Method, Ratio, Spread, Timing, interleaved  # noqa: E402
+from benchmarks.profiler import Profile  # noqa: E402
 from benchmarks.report import Result, Table, duration  # noqa: E402
 from benchmarks.shakespeare import read  # noqa: E402
 from benchmarks.tokenizer import measure_encoding  # noqa: E402
+from benchmarks.worker import WorkerError  # noqa: E402
+from tinygrad_llm import backend, nn, tensor  # noqa: E402
 from tinygrad_llm.gpt import SIZES  # noqa: E402
+from tinygrad_llm.random import Generator  # noqa: E402
 from tinygrad_llm.tokenizer import BPETokenizer, TiktokenTokenizer  # noqa: E402
 
 needs_torch = pytest.mark.skipif(not machine.installed("torch"), reason="compares with PyTorch")
@@ -88,7 +97,7 @@ def test_ops(tmp_path):
 
 @needs_torch
 def test_train(tmp_path):
-    small = ["--model", "tiny", "--rounds", "2", "--steps", "2", "--threads", "1"]
+    small = ["--model", "tiny", "--rounds", "1", "--steps", "2", "--threads", "1", "--no-compile"]
     done = run("train", *small, "--save", "--results", str(tmp_path))
     assert done.returncode == 0, done.stderr
     result = saved(tmp_path, "train")["tiny"]
@@ -96,12 +105,40 @@ def test_train(tmp_path):
     assert len(losses["ours"]) == len(losses["torch"]) == 10
     assert losses["ours"] == pytest.approx(losses["torch"], rel=1e-4)
     assert losses["ours"][-1] < losses["ours"][0]
-    assert all(value > 0 for value in result["ratio"].values())
+    assert set(result["ratios"]) == {"torch"}
+    assert all(value > 0 for value in result["ratios"]["torch"].values())
     assert result["ours"]["tokens_per_second"] > 0
+    assert all(phase[who] > 0 for phase in result["phases"].values() for who in ("ours", "torch"))
+    assert sys.platform != "linux" or all(0 < n < 2**30 for n in result["peak_bytes"].values())
     ops = {row["name"]: row for row in result["ops"]}
-    assert {"linear", "self_attention", "layer_norm", "cross_entropy", "optimizer"} <= set(ops)
+    assert {"linear", "attention", "layer_norm", "cross_entropy", "optimizer"} <= set(ops)
     assert sum(row["share"] for row in ops.values()) == pytest.approx(1)
-    assert ops["self_attention"]["calls"] == 2 and ops["self_attention"]["backward"] > 0
+    assert ops["attention"]["calls"] == 2 and ops["attention"]["backward"] > 0
+    # The phases are these ops again, and none of their time is lost.
+    in_ops = sum(row.get(part, 0) for row in ops.values() for part in train.PARTS)
+    assert sum(row["ours"] for row in result["floor"]) == pytest.approx(in_ops)
+    assert all(row["floor"] > 0 and row["ours"] > 0 for row in result["floor"])
+    (picture,) = tmp_path.glob("train-*.png")
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size < 60_000
+
+
+def test_gpt2s_rows_share_its_tokens():
+    found = train.settings(["tiny", "gpt2"], None)
+    assert list(found) == ["tiny", "gpt2, 4 x 256", "gpt2, 1 x 1024"]
+    assert [setting.tokens for setting, _ in found.values()] == [32, 1024, 1024]
+    with pytest.raises(ValueError, match="a power of 2, not 3"):
+        train.settings(["gpt2"], [3])
+
+
+def test_techniques(monkeypatch):
+    """What is timed must be the same work, also when threads share it out."""
+    for threads in (1, 2):
+        data, table = techniques.measure("tiny", Method(rounds=1, seconds=0.0), threads)
+        assert len(table.rows) == len(data) == 12
+        assert all(found["gain"]["median"] > 0 for found in data.values())
+    monkeypatch.setattr(techniques, "moments_by_blas", lambda x: 1.001 * techniques.moments(x))
+    with pytest.raises(ValueError, match="mean and variance by BLAS: the results differ"):
+        techniques.measure("tiny", Method(rounds=1, seconds=0.0), 1)
 
 
 @needs_torch
@@ -114,7 +151,8 @@ def test_generate(tmp_path):
     assert set(result["decoding"]) == {"ours", "transformers"}
     ours = result["decoding"]["ours"]
     assert ours["tokens_per_second"] == pytest.approx(2 * 4 / ours["seconds"])
-    assert result["head_bytes_per_second"] > 0
+    bound = max(result["bandwidth"].values())
+    assert ours["share_of_bandwidth"] == pytest.approx(ours["bytes_per_second"] / bound)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -304,6 +342,13 @@ def timed(clock, calls, rounds, seconds):
     return interleaved(calls, Method(rounds, seconds, 1.0, clock, clock.sleep))
 
 
+def test_long_calls_need_no_warm_up():
+    clock = Clock()
+    method = Method(1, 0.0, 1.0, clock, clock.sleep, warm=False)
+    times = interleaved({"a": clock.job("a", 9.0, 2.0)}, method)
+    assert clock.log == ["pause", "a"] * 2 and times["a"] == Timing((2.0,), 2.0)
+
+
 def test_alternatives_take_turns():
     clock = Clock()
     times = timed(clock, {"a": clock.job("a", 2.0), "b": clock.job("b", 3.0)}, 2, seconds=0.5)
@@ -331,6 +376,107 @@ def test_differences_and_parts():
     chain, numpy = Timing((10.0, 14.0), best=9.0), Timing((4.0, 6.0), best=3.0)
     assert chain.minus(numpy) == Timing((6.0, 8.0), 6.0)
     assert chain.per(2) == Timing((5.0, 7.0), 4.5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_is_what_came_and_went():
+    first = Contestant(Method(rounds=1))
+    with mmap.mmap(-1, 64 << 20) as memory:
+        memory[::4096] = bytes(len(memory) // 4096)  # every page is touched
+    assert 60 << 20 < first.peak() < 200 << 20
+    assert Contestant(Method(rounds=1)).peak() < 30 << 20  # that is forgotten now
+
+
+def test_pytorchs_process_has_nothing_of_ours():
+    """Whose kernels change the allocator."""
+    for name in ("contestant", "torch_gpt", "worker", "measure", "machine"):
+        tree = ast.parse((ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8"))
+        for node in [x for x in tree.body if isinstance(x, ast.Import | ast.ImportFrom)]:
+            assert "tinygrad_llm" not in ast.unparse(node)
+
+
+class Mute:
+    """A worker that cannot do one thing."""
+
+    def __init__(self, cannot):
+        self.cannot, self.closed = cannot, False
+
+    def call(self, method, *arguments):
+        if method == self.cannot:
+            raise WorkerError("InvalidCxxCompiler: No working C++ compiler found")
+        return [2.0]
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.mark.parametrize("cannot", ["load", "losses"])
+def test_where_torch_compile_cannot_work_the_others_race(cannot):
+    workers = {"ours": Mute(None), "torch": Mute(None), "compiled": (compiled := Mute(cannot))}
+    losses, why = train.first_losses(workers, 1)
+    assert losses == {"ours": [2.0], "torch": [2.0]} and "C++ compiler" in why
+    assert set(workers) == set(losses) and compiled.closed
+    with pytest.raises(WorkerError, match="compiler"):
+        train.first_losses({"ours": Mute(None), "torch": Mute(cannot)}, 1)
+
+
+def test_losses_that_differ_are_refused():
+    same = [4.0, 3.0]
+    assert train.compare_losses({"ours": [4.0, 3.0001], "torch": same})["relative"] < 1e-4
+    for name in ("ours", "compiled"):
+        with pytest.raises(ValueError, match=r"differ from PyTorch eager's by 3\.3e-03"):
+            train.compare_losses({"ours": same, "torch": same, name: [4.0, 3.01]})
+
+
+def test_the_floor_of_gpt2_by_hand():
+    """The count that docs/speed.md makes, and PaLM's for the products."""
+    cfg = train.settings(["gpt2"], [4])["gpt2, 4 x 256"][0].cfg
+    work = floor.work(cfg, 4, 256)
+    matrices = 12 * 12 * 768**2 + 50257 * 768
+    assert work["matrix products"] == (6 * 1024 * matrices, 0)
+    assert work["attention"][0] == 6 * 2 * 4 * sum(range(1, 257)) * 768 * 12
+    assert work["AdamW"][1] == 28 * 124_439_808
+    one = floor.work(cfg, 1, 1024)  # as many tokens: all but attention stays
+    assert one.pop("attention") > work.pop("attention") and one == work
+
+
+def test_phases_are_those_of_the_kernels():
+    """Each op belongs to its part; where a kernel computes two parts, so does a row."""
+    counted = {"matrix products": (100, 0), "GELU": (0, 10), "AdamW": (0, 20), "all else": (0, 4)}
+    speed = {"multiply": 50.0, "copy": 2.0}
+
+    def rows(**seconds):
+        return {r["name"]: (r["floor"], r["ours"]) for r in floor.phases(seconds, counted, speed)}
+
+    apart = rows(linear=3.0, gelu_tanh=6.0, optimizer=11.0, reshape=1.0, waiting=1.5)
+    assert apart == {
+        "AdamW": (10.0, 11.0), "GELU": (5.0, 6.0), "matrix products": (2.0, 3.0),
+        "all else": (2.0, 2.5),
+    }  # fmt: skip
+    assert list(apart) == ["AdamW", "GELU", "matrix products", "all else"]  # longest first
+    fused = rows(linear=3.0, mlp=5.0, optimizer=11.0)
+    assert fused["matrix products + GELU"] == (7.0, 8.0) and len(fused) == 3
+
+
+def test_a_profile_is_the_mean_over_the_threads():
+    clock = Clock()
+    profile = Profile(clock)
+    job = profile.timed(clock.job("a", 3.0, 1.0), "add", "forward")
+    job()
+    thread = threading.Thread(target=job)
+    thread.start()
+    thread.join()
+    assert profile.seconds == {("add", "forward"): 2.0} and profile.calls["add", "forward"] == 1
+
+
+def test_a_profile_times_kernels_for_several_ops():
+    profile = Profile()
+    layers = nn.ModuleList([nn.Linear(4, 3, generator=Generator(0))])
+    nn.apply_lora(layers, nn.LoRAConfig(2, 4, targets="0"), generator=Generator(1))
+    with backend.using(profile.reading()):
+        layers[0](tensor(np.ones((2, 4), np.float32))).sum().backward()
+    calls = profile.calls
+    assert calls["lora", "forward"] == calls["lora", "backward"] == 1 and profile.seconds
 
 
 def test_durations_have_units():
