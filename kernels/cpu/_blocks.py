@@ -1,5 +1,7 @@
 """Cutting arrays into pieces that stay in the cache while several passes go over them."""
 
+import math
+
 import numpy as np
 
 SIZE = 1 << 16  # elements: 256 KB of float32, so that three buffers fit in a core's L2 cache
@@ -13,6 +15,18 @@ def flat(x):
 def blocks(n, size=SIZE):
     """Slices that cover range(n), `size` long each."""
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def stacks(batch, elements):
+    """Indices that cut batch axes of these lengths into stacks of matrices that have that many
+    elements each, so that a stack stays in the cache.
+    """
+    most, inner = max(1, 2 * SIZE // elements), math.prod(batch[1:])
+    if math.prod(batch) <= most:
+        return [()]
+    if inner <= most:
+        return [(part,) for part in blocks(batch[0], most // inner)]
+    return [(i, *rest) for i in range(batch[0]) for rest in stacks(batch[1:], elements)]
 
 
 def sum_rows(x):

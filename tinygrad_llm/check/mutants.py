@@ -597,25 +597,27 @@ _SHAPE = {
 }
 
 _KERNELS = {
-    "kernel attention.forward": (
-        ("large scores overflow", "not _largest_score(q, k, scale) <= _SAFE", "False"),
+    "kernel attention._probabilities": (
+        ("large scores overflow", "if not safe:", "if False:"),
+        ("the mask starts at the first key", "n - block :", ":block"),
+        ("the rows' sums are those of the first head", "P /= (P @", "P /= (P[:1] @"),
     ),
-    "kernel attention._hidden": (("the mask starts at the first key", "keys - queries", "0"),),
     "kernel attention._dropped": (
         (
             "dropout changes the saved P",
-            "P * D[..., i, :n]",
-            "np.multiply(P, D[..., i, :n], out=P)",
+            "P * D[h][..., i, :n]",
+            "np.multiply(P, D[h][..., i, :n], out=P)",
         ),
     ),
     "kernel attention.vjp": (
-        ("softmax's sum is missing", "S_bar -= g_dot_y[..., i, :]", "pass"),
+        ("softmax's sum is missing", "S_bar -= g_dot_y[h][..., i, :]", "pass"),
         ("the saved P is overwritten", "S_bar *= P", "S_bar = np.multiply(P, S_bar, out=P)"),
         (
             "each block of queries replaces k̄ of the last",
-            "k_bar[..., :n, :] +=",
-            "k_bar[..., :n, :] =",
+            "k_bar[h][..., :n, :] +=",
+            "k_bar[h][..., :n, :] =",
         ),
+        ("P that is computed again is not scaled", "k_t[..., :n], scale,", "k_t[..., :n], 1.0,"),
     ),
     "kernel attention.accepts": (("a mask is accepted and ignored", "M is True and ", ""),),
     "kernel gelu_tanh.vjp": (
