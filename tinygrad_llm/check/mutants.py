@@ -628,18 +628,21 @@ _KERNELS = {
     ),
     "kernel linear.vjp": (("b̄ is a mean over the rows", "sum_rows(g)", "sum_rows(g) / len(rows)"),),
     "kernel cross_entropy.forward": (
-        ("large logits overflow", "P = x - m", "m = 0 * m\n    P = x - m"),
         ("ignored rows count in the mean", "type(len(rows))", "type(len(t))"),
+    ),
+    "kernel cross_entropy._exponentials": (
+        ("large logits overflow", "subtract(x, m, out=E)", "copyto(E, x)"),
     ),
     "kernel cross_entropy.vjp": (
         ("the saved P is overwritten", "P * share", "np.multiply(P, share, out=P)"),
         ("ignored rows get a gradient", "len(rows) < len(t)", "False"),
     ),
-    "kernel layer_norm.forward": (("b is not added", "y += b", "pass"),),
+    "kernel layer_norm.forward": (("b is not added", "c += b", "pass"),),
     "kernel layer_norm.vjp": (
-        ("μ counts as a constant", "u -= mean_u\n", "\n"),
-        ("the saved x̂ is overwritten", "out=buffer", "out=x_hat"),
-        ("g is multiplied in place", "u = g * w", "u = np.multiply(g, w, out=g)"),
+        ("μ counts as a constant", "c += (g[i] @ w_mean)[:, None]", "pass"),
+        ("w̄ is that of c, not of x̂", "r[i, 0] @ u", "np.ones(len(u), u.dtype) @ u"),
+        ("x is centred in place", "rows[i] - mu[i]", "np.subtract(rows[i], mu[i], out=rows[i])"),
+        ("g is multiplied in place", "w, out=u)", "w, out=g[i])"),
     ),
     "kernel rms_norm.vjp": (
         (
