@@ -64,3 +64,17 @@ def mean_last(x):
 def mean_product(a, b):
     """The mean of a ⊙ b over the last axis, kept: (..., n) -> (..., 1)."""
     return (np.vecdot(a, b) / a.shape[-1])[..., None]
+
+
+def is_moderate(x):
+    """Whether softmax needs no maxima: e^30 is far from overflow and e^-30 from underflow. To find
+    each row's maximum costs more than exp, to find that of all is nothing beside it.
+    """
+    return x.max() <= 30 and x.min() >= -30  # not if they are NaN
+
+
+def softmax_into(y, x, moderate):
+    """y becomes e^x / Σ e^x over the last axis, and may be x itself."""
+    np.exp(x if moderate else np.subtract(x, x.max(axis=-1, keepdims=True), out=y), out=y)
+    y /= (y @ np.ones(y.shape[-1], y.dtype))[..., None]  # as a product, as above
+    return y

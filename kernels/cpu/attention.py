@@ -5,11 +5,10 @@ import math
 
 import numpy as np
 
-from ._blocks import blocks, stacks
+from ._blocks import blocks, is_moderate, softmax_into, stacks
 
 KERNELS = ("attention",)
 
-_SAFE = 30  # e^30 is far from overflow, e^-30 from underflow: up to here no maximum is subtracted
 _QUERIES = 32  # in a block, at least: few, since with a causal mask a block skips what it hides
 _KEPT = 256  # queries up to which P is saved: for more, it would outweigh what else a layer saves
 
@@ -93,15 +92,11 @@ def _probabilities(q, k_t, scale, causal):
     """
     P = q @ k_t
     P *= scale
-    safe = P.max() <= _SAFE and P.min() >= -_SAFE  # not if they are NaN
+    moderate = is_moderate(P)  # before anything is hidden
     block, n = P.shape[-2:]
     if causal:
         P[..., n - block :] += _hidden(block, P.dtype)
-    if not safe:  # only then, since the rows' own maxima cost more than exp
-        P -= P.max(axis=-1, keepdims=True)
-    np.exp(P, out=P)
-    P /= (P @ np.ones(n, P.dtype))[..., None]  # Σ as a matrix product: BLAS sums fastest
-    return P
+    return softmax_into(P, P, moderate)
 
 
 @functools.lru_cache(64)

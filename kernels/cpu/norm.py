@@ -6,9 +6,7 @@ from ._blocks import SIZE, blocks, mean_last, mean_product, row_by_row, sum_rows
 
 KERNELS = ("layer_norm", "rms_norm")
 
-_NEAR = (
-    4  # up to so many times the spread, a mean is exact enough: x - μ has mean 0 as float32 goes
-)
+_NEAR = 4  # times the spread: of a mean up to that, rounding leaves nothing to x - μ in float32
 
 
 class layer_norm:

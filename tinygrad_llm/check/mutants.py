@@ -598,9 +598,8 @@ _SHAPE = {
 
 _KERNELS = {
     "kernel attention._probabilities": (
-        ("large scores overflow", "if not safe:", "if False:"),
         ("the mask starts at the first key", "n - block :", ":block"),
-        ("the rows' sums are those of the first head", "P /= (P @", "P /= (P[:1] @"),
+        ("large scores overflow", "is_moderate(P)", "True"),
     ),
     "kernel attention._dropped": (
         (
@@ -651,6 +650,11 @@ _KERNELS = {
             "mean_product(g, x_hat)",
         ),
         ("w̄ is that of x, not of x̂", "g * x_hat", "g * x"),
+    ),
+    "kernel softmax.forward": (("e^x overflows", "is_moderate(rows[i])", "True"),),
+    "kernel softmax.vjp": (
+        ("the sum is missing", "np.vecdot(g[i], y[i])[:, None]", "0"),
+        ("the result is overwritten", "out=x_bar[i])", "out=g[i])"),
     ),
     "kernel getitem.vjp": (("writes where it should add", "+= g", "= g"),),
     "kernel embedding._add_rows": (
