@@ -31,13 +31,13 @@ def stacks(batch, elements):
     return [(i, *rest) for i in range(batch[0]) for rest in stacks(batch[1:], elements)]
 
 
-def row_by_row(n):
+def row_by_row(m, n):
     """A context in which NumPy goes row by row where it pairs (m, n) with (n,) or (m, 1).
 
     Else it first repeats the smaller array in a buffer of 8192 elements, and that takes longer than
     the arithmetic; only for short rows it is the better way. Numbers are not affected.
     """
-    return _smallest_buffer() if n >= _LONG else contextlib.nullcontext()
+    return _smallest_buffer() if n >= _LONG and m * n > SIZE else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ class layer_norm:
         rows, n = x.reshape(-1, x.shape[-1]), x.shape[-1]
         y, left = np.empty(rows.shape, x.dtype), None
         mu, r = np.empty((2, len(rows), 1), x.dtype)
-        with row_by_row(n):
+        with row_by_row(len(rows), n):
             for i in blocks(len(rows), max(1, SIZE // n)):
                 c = y[i]
                 mu[i] = mean_last(rows[i])
@@ -48,7 +48,7 @@ class layer_norm:
         n = x.shape[-1]
         rows, g = x.reshape(-1, n), g.reshape(-1, n)
         x_bar, w_bar, w_mean = np.empty(rows.shape, x.dtype), np.zeros(n, x.dtype), w / n
-        with row_by_row(n):
+        with row_by_row(len(rows), n):
             for i in blocks(len(rows), max(1, SIZE // n)):
                 c = rows[i] - mu[i]
                 if left is not None:

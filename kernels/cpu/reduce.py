@@ -14,7 +14,7 @@ class softmax:
     def forward(x, *, axis=-1):
         n = x.shape[-1]
         rows, y = x.reshape(-1, n), np.empty((x.size // n, n), x.dtype)
-        with row_by_row(n):
+        with row_by_row(len(rows), n):
             for i in blocks(len(y), max(1, SIZE // n)):
                 softmax_into(y[i], rows[i], is_moderate(rows[i]))
         return y.reshape(x.shape), None
@@ -23,7 +23,7 @@ class softmax:
     def vjp(g, y, x, *, axis=-1, saved, needs):
         n = x.shape[-1]
         g, y, x_bar = g.reshape(-1, n), y.reshape(-1, n), np.empty((x.size // n, n), x.dtype)
-        with row_by_row(n):
+        with row_by_row(len(y), n):
             for i in blocks(len(y), max(1, SIZE // n)):
                 np.subtract(g[i], np.vecdot(g[i], y[i])[:, None], out=x_bar[i])
                 x_bar[i] *= y[i]
