@@ -125,7 +125,7 @@ def state():
     return dict(TABLE), ops, kernels, readings, list(map(id, functions)), codes
 
 
-@pytest.mark.parametrize("where", ["softmax.vjp", "sum._kept", "kernel attention._hidden",
+@pytest.mark.parametrize("where", ["softmax.vjp", "sum._kept", "kernel attention._probabilities",
                                    "kernel linear.vjp", "tensor._walk",
                                    "backend.ComplexStep._extremum"])  # fmt: skip
 def test_everything_is_as_before_afterwards(where):

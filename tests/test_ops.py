@@ -3,7 +3,9 @@ array API, and their kernels. What every op obeys by itself is in test_laws.py. 
 here: where PyTorch has a function of the op's name, that is the oracle.
 """
 
+import inspect
 import math
+from dataclasses import replace
 
 import array_api_compat.torch
 import array_api_strict
@@ -227,12 +229,34 @@ def test_erfc_has_a_small_relative_error_far_out(reading):
 @pytest.mark.parametrize("op", [op for op in KERNELS if op.signature], ids=lambda op: op.name)
 def test_a_kernel_is_as_exact_on_arrays_larger_than_its_blocks(op):
     batch = (2,) if op.signature.strip("()->,") else (3, 11_000)
-    for attributes in op.examples:
-        arrays = batch_of(op, batch, (257, 40, 300, 20), attributes=attributes)
-        call = Call(op, backend.CPU, tuple(without_defaults(op, arrays)), attributes)
-        assert call.cast(np.float32).implementation.is_kernel
+    calls = [
+        Call(op, backend.CPU, tuple(without_defaults(op, arrays)), attributes)
+        for attributes in op.examples
+        for arrays in [batch_of(op, batch, (257, 40, 300, 20), attributes=attributes)]
+    ]
+    taken = [call for call in calls if call.cast(np.float32).implementation.is_kernel]
+    assert len(taken) == len(calls) or ("axis" in op.attributes and taken)  # of the last axis alone
+    for call in taken:
         for exact, unit, found in zip(*inexactness(call), strict=True):
             assert (np.abs(found - exact) <= 32 * unit).all()
+
+
+MANY_ROWS = {  # batch, core
+    "layer_norm": ((700,), (257,)),
+    "cross_entropy": ((), (70, 9000)),
+    "softmax": ((3,), (700, 80)),
+}
+
+
+@pytest.mark.parametrize("name", MANY_ROWS)
+def test_a_kernel_is_as_exact_on_more_rows_than_go_into_a_block(name, monkeypatch):
+    batch, lengths = MANY_ROWS[name]
+    kernel = inspect.getmodule(backend.CPU.kernels[name])
+    monkeypatch.setattr(kernel, "_KEPT", 0, raising=False)  # what is large is computed again
+    call = Call(TABLE[name], backend.CPU, tuple(batch_of(TABLE[name], batch, lengths)))
+    assert call.arrays[0].size > 2 * kernel.SIZE
+    for exact, unit, found in zip(*inexactness(call), strict=True):
+        assert (np.abs(found - exact) <= 32 * unit).all()
 
 
 @pytest.mark.parametrize("scale", [1.5, 30])
@@ -301,8 +325,19 @@ def test_layer_norm_of_a_large_mean_and_a_small_spread(reading, n):
     assert np.abs(constant).max() == 0
 
 
+@pytest.mark.parametrize("n", [5, 96, 768])
+def test_the_gradients_of_layer_norm_of_a_large_mean_and_a_small_spread(n):
+    rng = np.random.default_rng(n)
+    x, w, b = (1e4 + rng.standard_normal((6, n)), rng.standard_normal(n), np.zeros(n))
+    call = Call(TABLE["layer_norm"], backend.CPU, (x.astype(np.float32), *np.float32([w, b])))
+    g = rng.standard_normal((6, n)).astype(np.float32)
+    exact = replace(call, reading=backend.MATHS).cast(np.float64).results(g.astype(np.float64))
+    for f, e in zip(call.results(g), exact, strict=True):
+        np.testing.assert_allclose(f, e, atol=2e-5 * np.abs(e).max())
+
+
 @pytest.mark.parametrize("reading", ["MATHS", "CPU"])
-def test_attention_where_the_bound_of_the_scores_is_no_number(reading):
+def test_attention_where_the_norms_of_queries_and_keys_overflow(reading):
     q, k = np.full((2, 1), 1e-25, np.float32), np.array([[1e30], [-1e30]], np.float32)
     with backend.using(getattr(backend, reading)), np.errstate(all="ignore"):
         y = functional.scaled_dot_product_attention(q, k, np.ones((2, 1), np.float32))

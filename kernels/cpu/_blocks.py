@@ -1,8 +1,12 @@
 """Cutting arrays into pieces that stay in the cache while several passes go over them."""
 
+import contextlib
+import math
+
 import numpy as np
 
 SIZE = 1 << 16  # elements: 256 KB of float32, so that three buffers fit in a core's L2 cache
+_LONG = 512  # elements of a row that are worth a loop of their own
 
 
 def flat(x):
@@ -13,6 +17,36 @@ def flat(x):
 def blocks(n, size=SIZE):
     """Slices that cover range(n), `size` long each."""
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def stacks(batch, elements):
+    """Indices that cut batch axes of these lengths into stacks of matrices that have that many
+    elements each, so that a stack stays in the cache.
+    """
+    most, inner = max(1, 2 * SIZE // elements), math.prod(batch[1:])
+    if math.prod(batch) <= most:
+        return [()]
+    if inner <= most:
+        return [(part,) for part in blocks(batch[0], most // inner)]
+    return [(i, *rest) for i in range(batch[0]) for rest in stacks(batch[1:], elements)]
+
+
+def row_by_row(m, n):
+    """A context in which NumPy goes row by row where it pairs (m, n) with (n,) or (m, 1).
+
+    Else it first repeats the smaller array in a buffer of 8192 elements, and that takes longer than
+    the arithmetic; only for short rows it is the better way. Numbers are not affected.
+    """
+    return _smallest_buffer() if n >= _LONG and m * n > SIZE else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _smallest_buffer():
+    before = np.setbufsize(16)
+    try:
+        yield
+    finally:
+        np.setbufsize(before)
 
 
 def sum_rows(x):
@@ -30,3 +64,17 @@ def mean_last(x):
 def mean_product(a, b):
     """The mean of a ⊙ b over the last axis, kept: (..., n) -> (..., 1)."""
     return (np.vecdot(a, b) / a.shape[-1])[..., None]
+
+
+def is_moderate(x):
+    """Whether softmax needs no maxima: e^30 is far from overflow and e^-30 from underflow. To find
+    each row's maximum costs more than exp, to find that of all is nothing beside it.
+    """
+    return x.max() <= 30 and x.min() >= -30  # not if they are NaN
+
+
+def softmax_into(y, x, moderate):
+    """y becomes e^x / Σ e^x over the last axis, and may be x itself."""
+    np.exp(x if moderate else np.subtract(x, x.max(axis=-1, keepdims=True), out=y), out=y)
+    y /= (y @ np.ones(y.shape[-1], y.dtype))[..., None]  # as a product, as above
+    return y

@@ -5,37 +5,33 @@ import math
 
 import numpy as np
 
-from ._blocks import blocks
+from ._blocks import blocks, is_moderate, softmax_into, stacks
 
 KERNELS = ("attention",)
 
-_SAFE = 30  # e^30 is far from overflow, e^-30 from underflow: up to here no maximum is subtracted
-_QUERIES = 128  # queries in a block: enough for BLAS, few enough to skip half the keys when causal
+_QUERIES = 32  # in a block, at least: few, since with a causal mask a block skips what it hides
+_KEPT = 256  # queries up to which P is saved: for more, it would outweigh what else a layer saves
 
 
 class attention:
-    """y = (D ⊙ P) v,  P = softmax(scale q kᵀ); the blocks of P are saved."""
+    """y = (D ⊙ P) v,  P = softmax(scale q kᵀ), one block of queries after the other.
+
+    Saved: the blocks of P. Of long sequences nothing: P is computed again, so that there never is
+    an array of T × T.
+    """
 
     @staticmethod
     def forward(q, k, v, M=True, B=0.0, D=1.0, *, causal=False, scale=None):
-        T, S = q.shape[-2], k.shape[-2]
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        # The bound reads all keys again: for one query, as in generation, the maximum is cheaper.
-        needs_max = T == 1 or not _largest_score(q, k, scale) <= _SAFE  # it may be NaN
         y = _heads_side_by_side((*q.shape[:-1], v.shape[-1]), q.dtype)
-        saved = []
-        for i in blocks(T, _QUERIES):
-            n = i.stop + S - T if causal else S  # keys that the last query of the block sees
-            P = q[..., i, :] @ np.matrix_transpose(k[..., :n, :])  # (..., block, n)
-            P *= scale
-            if causal:
-                P += _hidden(i.stop - i.start, n, P.dtype)
-            if needs_max:
-                P -= P.max(axis=-1, keepdims=True)
-            np.exp(P, out=P)
-            P /= (P @ np.ones(n, P.dtype))[..., None]  # Σ as a matrix product: BLAS sums fastest
-            np.matmul(_dropped(P, D, i, n), v[..., :n, :], out=y[..., i, :])
-            saved.append(P)
+        saved, kept = [], q.shape[-2] <= _KEPT
+        for h, parts in _plan(q, k, causal):
+            k_t = _transposed(k[h], q)
+            for i, n in parts:
+                P = _probabilities(q[h][..., i, :], k_t[..., :n], scale, causal)
+                np.matmul(_dropped(P, D, h, i, n), v[h][..., :n, :], out=y[h][..., i, :])
+                if kept:
+                    saved.append(P)
         return y, saved
 
     @staticmethod
@@ -43,22 +39,29 @@ class attention:
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         q_bar, k_bar, v_bar = (_heads_side_by_side(a.shape, a.dtype) for a in (q, k, v))
         g_dot_y = np.vecdot(g, y)[..., None]  # (..., T, 1)
-        for i, P in reversed(list(zip(blocks(q.shape[-2], _QUERIES), saved))):
-            n = P.shape[-1]
-            S_bar = g[..., i, :] @ np.matrix_transpose(v[..., :n, :])  # P̄, before D
-            if not isinstance(D, float):
-                S_bar *= D[..., i, :n]
-            S_bar -= g_dot_y[..., i, :]
-            S_bar *= P
-            S_bar *= scale
-            np.matmul(S_bar, k[..., :n, :], out=q_bar[..., i, :])
-            S_bar_t, P_t = np.matrix_transpose(S_bar), np.matrix_transpose(_dropped(P, D, i, n))
-            if i.stop == q.shape[-2]:  # visited first: it sees every key
-                np.matmul(S_bar_t, q[..., i, :], out=k_bar)
-                np.matmul(P_t, g[..., i, :], out=v_bar)
-            else:
-                k_bar[..., :n, :] += S_bar_t @ q[..., i, :]
-                v_bar[..., :n, :] += P_t @ g[..., i, :]
+        of_heads = iter(saved)
+        for h, parts in _plan(q, k, causal):
+            v_t = _transposed(v[h], q)
+            k_t = None if saved else _transposed(k[h], q)
+            kept = [next(of_heads, None) for _ in parts]
+            for (i, n), P in reversed([*zip(parts, kept)]):
+                qi, gi = q[h][..., i, :], g[h][..., i, :]
+                if P is None:
+                    P = _probabilities(qi, k_t[..., :n], scale, causal)
+                S_bar = gi @ v_t[..., :n]  # P̄, before D: (..., block, n)
+                if not isinstance(D, float):
+                    S_bar *= D[h][..., i, :n]
+                S_bar -= g_dot_y[h][..., i, :]
+                S_bar *= P
+                S_bar *= scale
+                np.matmul(S_bar, k[h][..., :n, :], out=q_bar[h][..., i, :])
+                S_bar_t, P_t = map(np.matrix_transpose, (S_bar, _dropped(P, D, h, i, n)))
+                if i.stop == q.shape[-2]:  # visited first: it sees every key
+                    np.matmul(S_bar_t, qi, out=k_bar[h])
+                    np.matmul(P_t, gi, out=v_bar[h])
+                else:
+                    k_bar[h][..., :n, :] += S_bar_t @ qi
+                    v_bar[h][..., :n, :] += P_t @ gi
         return q_bar, k_bar, v_bar, None, None, None
 
     @staticmethod
@@ -73,24 +76,48 @@ class attention:
         return plain and keeps and batch and dtype and some
 
 
-def _largest_score(q, k, scale):
-    """An upper bound of |scale q·k|, by Cauchy and Schwarz: much cheaper than every row's
-    maximum.
+def _plan(q, k, causal):
+    """[(h, [(i, n), ...]), ...]: indices h of some heads, for whom a block's scores fit into the
+    cache, and blocks i of queries with the number n of keys that the last query of each sees.
     """
-    return abs(scale) * math.sqrt(np.vecdot(q, q).max() * np.vecdot(k, k).max())
+    T, S = q.shape[-2], k.shape[-2]
+    size = max(_QUERIES, T // 8) if causal else 128
+    parts = [(i, i.stop + S - T if causal else S) for i in blocks(T, size)]
+    return [(h, parts) for h in stacks(q.shape[:-2], min(T, size) * S)]
+
+
+def _probabilities(q, k_t, scale, causal):
+    """softmax(scale q kᵀ): (..., block, n). If causal, the last query sees the last key, and each
+    query before it one key less.
+    """
+    P = q @ k_t
+    P *= scale
+    moderate = is_moderate(P)  # before anything is hidden
+    block, n = P.shape[-2:]
+    if causal:
+        P[..., n - block :] += _hidden(block, P.dtype)
+    return softmax_into(P, P, moderate)
 
 
 @functools.lru_cache(64)
-def _hidden(queries, keys, dtype):
-    """0 where a query sees a key and -inf elsewhere; the last query sees the last key."""
-    hidden = np.zeros((queries, keys), dtype)
-    hidden[~np.tri(queries, keys, keys - queries, dtype=bool)] = -np.inf
+def _hidden(n, dtype):
+    """(n, n): -inf above the diagonal, else 0."""
+    hidden = np.zeros((n, n), dtype)
+    hidden[~np.tri(n, dtype=bool)] = -np.inf
     hidden.flags.writeable = False
     return hidden
 
 
-def _dropped(P, D, i, n):
-    return P if isinstance(D, float) else P * D[..., i, :n]
+def _transposed(a, q):
+    """aᵀ: (..., d, n). Small products with it are up to twice as fast if it lies in memory so, too,
+    which pays for a copy unless the queries are few.
+    """
+    a_t = np.matrix_transpose(a)
+    return np.ascontiguousarray(a_t) if q.shape[-2] >= _QUERIES else a_t
+
+
+def _dropped(P, D, h, i, n):
+    return P if isinstance(D, float) else P * D[h][..., i, :n]
 
 
 def _heads_side_by_side(shape, dtype):

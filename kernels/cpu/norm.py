@@ -1,41 +1,68 @@
-"""Normalisations with few passes over the data; x̂ and r are saved."""
+"""Normalisations with few passes over the data, some rows at a time."""
 
 import numpy as np
 
-from ._blocks import mean_last, mean_product, sum_rows
+from ._blocks import SIZE, blocks, mean_last, mean_product, row_by_row, sum_rows
 
 KERNELS = ("layer_norm", "rms_norm")
 
-_CENTRED = 1e-6  # a mean of x̂ up to this is zero, as float32 goes
+_NEAR = 4  # times the spread: of a mean up to that, rounding leaves nothing to x - μ in float32
 
 
 class layer_norm:
-    """y = x̂ ⊙ w + b,  x̂ = (x - μ) ⊙ r,  r = 1/√(var + ε)."""
+    """y = x̂ ⊙ w + b,  x̂ = r c,  c = x - μ,  r = 1/√(mean(c²) + ε)
+
+    Saved: μ and r. With u = g ⊙ w and mean(u ⊙ x̂) = r mean(g ⊙ c ⊙ w), c stands for x̂ in
+
+        x̄ = r (u - (mean(u) + c r mean(u ⊙ x̂)))
+        w̄ = Σ r (g ⊙ c),  b̄ = Σ g over the rows
+
+    and each mean and each sum is a product of a matrix and a vector. Where a mean is large beside
+    the spread, rounding leaves a mean to x - μ, which is subtracted, too.
+    """
 
     @staticmethod
     def forward(x, w, b, *, eps=1e-5):
-        x_hat = x - mean_last(x)
-        r = 1 / np.sqrt(mean_product(x_hat, x_hat) + x.dtype.type(eps))  # (..., 1)
-        left = mean_last(x_hat)  # by rounding, of a mean that is large beside the spread
-        if np.abs(left * r).max() > _CENTRED:
-            x_hat -= left
-            r = 1 / np.sqrt(mean_product(x_hat, x_hat) + x.dtype.type(eps))
-        x_hat *= r
-        y = x_hat * w
-        y += b
-        return y, (x_hat, r)
+        rows, n = x.reshape(-1, x.shape[-1]), x.shape[-1]
+        y, left = np.empty(rows.shape, x.dtype), None
+        mu, r = np.empty((2, len(rows), 1), x.dtype)
+        with row_by_row(len(rows), n):
+            for i in blocks(len(rows), max(1, SIZE // n)):
+                c = y[i]
+                mu[i] = mean_last(rows[i])
+                np.subtract(rows[i], mu[i], out=c)
+                r[i] = _r(c, eps)
+                if not (np.abs(mu[i]) * r[i]).max() <= _NEAR:  # it may be NaN
+                    left = np.zeros(mu.shape, x.dtype) if left is None else left
+                    left[i] = mean_last(c)
+                    c -= left[i]
+                    r[i] = _r(c, eps)
+                c *= r[i]
+                c *= w
+                c += b
+        return y.reshape(x.shape), (mu, left, r)
 
     @staticmethod
     def vjp(g, y, x, w, b, *, eps=1e-5, saved, needs):
-        x_hat, r = saved
-        u = g * w
-        mean_u, mean_ux = mean_last(u), mean_product(u, x_hat)
-        u -= mean_u
-        buffer = x_hat * mean_ux
-        u -= buffer
-        u *= r
-        w_bar = sum_rows(np.multiply(g, x_hat, out=buffer)) if needs[1] else None
-        return u, w_bar, sum_rows(g) if needs[2] else None
+        mu, left, r = saved
+        n = x.shape[-1]
+        rows, g = x.reshape(-1, n), g.reshape(-1, n)
+        x_bar, w_bar, w_mean = np.empty(rows.shape, x.dtype), np.zeros(n, x.dtype), w / n
+        with row_by_row(len(rows), n):
+            for i in blocks(len(rows), max(1, SIZE // n)):
+                c = rows[i] - mu[i]
+                if left is not None:
+                    c -= left[i]
+                u = np.multiply(g[i], c, out=x_bar[i])  # g ⊙ c, at first
+                w_bar += r[i, 0] @ u
+                mean_ux = r[i] * (u @ w_mean)[:, None]
+                c *= r[i] * mean_ux
+                c += (g[i] @ w_mean)[:, None]
+                np.multiply(g[i], w, out=u)
+                u -= c
+                u *= r[i]
+        b_bar = sum_rows(g) if needs[2] else None
+        return x_bar.reshape(x.shape), w_bar if needs[1] else None, b_bar
 
     @staticmethod
     def accepts(x, w, b, *, eps=1e-5):
@@ -62,6 +89,10 @@ class rms_norm:
     @staticmethod
     def accepts(x, w, *, eps=1e-5):
         return _same_float(x, w)
+
+
+def _r(c, eps):
+    return 1 / np.sqrt(mean_product(c, c) + c.dtype.type(eps))
 
 
 def _same_float(x, *weights):

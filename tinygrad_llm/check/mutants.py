@@ -597,25 +597,26 @@ _SHAPE = {
 }
 
 _KERNELS = {
-    "kernel attention.forward": (
-        ("large scores overflow", "not _largest_score(q, k, scale) <= _SAFE", "False"),
+    "kernel attention._probabilities": (
+        ("the mask starts at the first key", "n - block :", ":block"),
+        ("large scores overflow", "is_moderate(P)", "True"),
     ),
-    "kernel attention._hidden": (("the mask starts at the first key", "keys - queries", "0"),),
     "kernel attention._dropped": (
         (
             "dropout changes the saved P",
-            "P * D[..., i, :n]",
-            "np.multiply(P, D[..., i, :n], out=P)",
+            "P * D[h][..., i, :n]",
+            "np.multiply(P, D[h][..., i, :n], out=P)",
         ),
     ),
     "kernel attention.vjp": (
-        ("softmax's sum is missing", "S_bar -= g_dot_y[..., i, :]", "pass"),
+        ("softmax's sum is missing", "S_bar -= g_dot_y[h][..., i, :]", "pass"),
         ("the saved P is overwritten", "S_bar *= P", "S_bar = np.multiply(P, S_bar, out=P)"),
         (
             "each block of queries replaces k̄ of the last",
-            "k_bar[..., :n, :] +=",
-            "k_bar[..., :n, :] =",
+            "k_bar[h][..., :n, :] +=",
+            "k_bar[h][..., :n, :] =",
         ),
+        ("P that is computed again is not scaled", "k_t[..., :n], scale,", "k_t[..., :n], 1.0,"),
     ),
     "kernel attention.accepts": (("a mask is accepted and ignored", "M is True and ", ""),),
     "kernel gelu_tanh.vjp": (
@@ -626,18 +627,21 @@ _KERNELS = {
     ),
     "kernel linear.vjp": (("b̄ is a mean over the rows", "sum_rows(g)", "sum_rows(g) / len(rows)"),),
     "kernel cross_entropy.forward": (
-        ("large logits overflow", "P = x - m", "m = 0 * m\n    P = x - m"),
         ("ignored rows count in the mean", "type(len(rows))", "type(len(t))"),
+    ),
+    "kernel cross_entropy._exponentials": (
+        ("large logits overflow", "subtract(x, m, out=E)", "copyto(E, x)"),
     ),
     "kernel cross_entropy.vjp": (
         ("the saved P is overwritten", "P * share", "np.multiply(P, share, out=P)"),
         ("ignored rows get a gradient", "len(rows) < len(t)", "False"),
     ),
-    "kernel layer_norm.forward": (("b is not added", "y += b", "pass"),),
+    "kernel layer_norm.forward": (("b is not added", "c += b", "pass"),),
     "kernel layer_norm.vjp": (
-        ("μ counts as a constant", "u -= mean_u\n", "\n"),
-        ("the saved x̂ is overwritten", "out=buffer", "out=x_hat"),
-        ("g is multiplied in place", "u = g * w", "u = np.multiply(g, w, out=g)"),
+        ("μ counts as a constant", "c += (g[i] @ w_mean)[:, None]", "pass"),
+        ("w̄ is that of c, not of x̂", "r[i, 0] @ u", "np.ones(len(u), u.dtype) @ u"),
+        ("x is centred in place", "rows[i] - mu[i]", "np.subtract(rows[i], mu[i], out=rows[i])"),
+        ("g is multiplied in place", "w, out=u)", "w, out=g[i])"),
     ),
     "kernel rms_norm.vjp": (
         (
@@ -646,6 +650,11 @@ _KERNELS = {
             "mean_product(g, x_hat)",
         ),
         ("w̄ is that of x, not of x̂", "g * x_hat", "g * x"),
+    ),
+    "kernel softmax.forward": (("e^x overflows", "is_moderate(rows[i])", "True"),),
+    "kernel softmax.vjp": (
+        ("the sum is missing", "np.vecdot(g[i], y[i])[:, None]", "0"),
+        ("the result is overwritten", "out=x_bar[i])", "out=g[i])"),
     ),
     "kernel getitem.vjp": (("writes where it should add", "+= g", "= g"),),
     "kernel embedding._add_rows": (
