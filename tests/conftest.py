@@ -2,11 +2,16 @@
 
 import ctypes
 import os
+import signal
 
 # One thread for BLAS: the tests' matrices are small, and two threads that wait for each other make
 # a busy machine many times slower. Before NumPy is imported, and inherited by the tests' processes.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+# A job that a shell runs in the background ignores Ctrl-C, and so would the processes that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def a_gpu_is_here():
