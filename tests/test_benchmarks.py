@@ -113,7 +113,7 @@ def test_train(tmp_path):
     ops = {row["name"]: row for row in result["ops"]}
     assert {"linear", "self_attention", "layer_norm", "cross_entropy", "optimizer"} <= set(ops)
     assert sum(row["share"] for row in ops.values()) == pytest.approx(1)
-    assert ops["attention"]["calls"] == 2 and ops["attention"]["backward"] > 0
+    assert ops["self_attention"]["calls"] == 2 and ops["self_attention"]["backward"] > 0
     # The phases are these ops again, and none of their time is lost.
     in_ops = sum(row.get(part, 0) for row in ops.values() for part in train.PARTS)
     assert sum(row["ours"] for row in result["floor"]) == pytest.approx(in_ops)

@@ -700,7 +700,11 @@ _IN_THE_ENGINE = {
             "arrived[j] = arrived[j] + g",
             "arrived[j] += g",
         ),
-        ("borrowed arrays count as its own", "if fresh:", "if not create_graph:"),
+        (
+            "borrowed arrays count as its own",
+            "arrived[j] = g\n                    if fresh:",
+            "arrived[j] = g\n                    if not create_graph:",
+        ),
         ("the oldest comes first", "queue, (-x._age", "queue, (x._age"),
         ("functions that add are not called", "g(arrived[j])", "pass"),
         (

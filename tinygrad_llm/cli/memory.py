@@ -9,7 +9,8 @@ from ..gpt import GPTConfig
 from ..precision import dtype as dtype_named
 
 UNITS = ("B", "KiB", "MiB", "GiB")
-QUERIES = 128  # that attention's kernel takes at a time: with a causal mask, up to so many too many
+QUERIES = 32  # that attention's kernel takes at a time, at least
+SHORT = 256  # a context up to which that kernel keeps probabilities
 CHUNK = 2**30  # bytes of logits that a GPU keeps at a time, in at least as many rows:
 CHUNK_ROWS = 2048
 
@@ -92,17 +93,19 @@ def kept_on_gpu(cfg: GPTConfig) -> int:
 def kept_numbers(cfg: GPTConfig) -> int:
     """Numbers that a forward pass keeps of each token of a full context, for the backward pass.
 
-    In a block, in units of the width C: two norms with x̂ and y (4), q, k and v (3), what attention
-    gives and its projection (2), the feed-forward layer's 4 C before GELU, its tanh and after it
-    (12), and the layer's projection (1), two sums (2). And each head's probabilities.
+    In a block, in units of the width C: two norms (2), q, k and v (3), what attention gives and its
+    projection (2), the feed-forward layer's 4 C before GELU, its tanh and after it (12), and the
+    layer's projection (1), two sums (2). Each norm's μ and r; and of short contexts each head's
+    probabilities, half of which a causal mask leaves out.
     """
     C, T, H = cfg.emb_dim, cfg.context_length, cfg.n_heads
-    block = 24 * C + H * (T if T <= QUERIES else (T + QUERIES) // 2)
+    together = max(QUERIES, T // 8)  # queries whose hidden keys are the same
+    block = 22 * C + 4 + (H * (T + together) // 2 if T <= SHORT else 0)
     if cfg.dropout("shortcut"):
         block += 4 * C  # two masks, two products
     if cfg.dropout("attn"):
         block += H * T  # a mask
-    ends = 4 * C + (2 * C if cfg.dropout("emb") else 0) + 2 * cfg.vocab_size
+    ends = 3 * C + 2 + (2 * C if cfg.dropout("emb") else 0) + 2 * cfg.vocab_size
     return cfg.n_layers * block + ends
 
 
