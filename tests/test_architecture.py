@@ -14,6 +14,7 @@ from tinygrad_llm.ops import TABLE
 
 ROOT = Path(__file__).parent.parent
 ENGINE = [
+    "threads",
     "ops",
     "device",
     "precision",
@@ -29,12 +30,14 @@ MODEL = ["nn", "optim", "gpt", "data", "tokenizer", "checkpoint", "generate"]
 PARTS = [*ENGINE, *MODEL, "parallel", "step", "train", "finetune", "evaluate", "cli", "__main__"]
 MAY_IMPORT = {part: set(PARTS[:i]) for i, part in enumerate(PARTS)}  # what stands before it
 MAY_IMPORT |= {part: may - {"ops"} for part, may in MAY_IMPORT.items() if part not in ENGINE}
-MAY_IMPORT |= {"kernels": set(), "data": {"random"}, "tokenizer": {"data"}, "__init__": {"tensor"}}
+MAY_IMPORT |= {"kernels": {"threads"}, "data": {"random"}, "tokenizer": {"data"}}
+MAY_IMPORT |= {"__init__": {"tensor"}}
 MAY_IMPORT["gpt"] |= {"checkpoint", "tokenizer"}  # from_pretrained, save_pretrained: when called
 MAY_IMPORT |= {"pencil": {"ops"}, "device": {"kernels"}, "precision": set()}
 MAY_IMPORT["backend"] |= {"kernels"}
-PACKAGES = {"ops": set(), "kernels": {"numpy", "cupy", "triton", "ml_dtypes"}}
-PACKAGES |= {part: {"numpy"} for part in [*ENGINE[1:], "nn", "optim", "gpt"]}
+PACKAGES = {"threads": {"threadpoolctl"}, "ops": set()}
+PACKAGES |= {"kernels": {"numpy", "cupy", "triton", "ml_dtypes"}}
+PACKAGES |= {part: {"numpy"} for part in [*ENGINE[2:], "nn", "optim", "gpt"]}
 PACKAGES |= {"device": {"numpy", "cupy"}, "precision": {"numpy", "ml_dtypes"}}
 PACKAGES |= {"pencil": set(), "check": {"numpy", "hypothesis"}}
 FILES = sorted(ROOT.glob("tinygrad_llm/**/*.py")) + sorted(ROOT.glob("kernels/**/*.py"))

@@ -125,8 +125,8 @@ def state():
     return dict(TABLE), ops, kernels, readings, list(map(id, functions)), codes
 
 
-@pytest.mark.parametrize("where", ["softmax.vjp", "sum._kept", "kernel attention._probabilities",
-                                   "kernel linear.vjp", "tensor._walk",
+@pytest.mark.parametrize("where", ["softmax.vjp", "sum._kept", "kernel attention._hide",
+                                   "kernel linear.weight_gradients", "tensor._walk",
                                    "backend.ComplexStep._extremum"])  # fmt: skip
 def test_everything_is_as_before_afterwards(where):
     verdict(FUNCTIONS[where])  # readings are filled in as ops are met

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tinygrad_llm import nn, optim
 from tinygrad_llm.nn import Parameter
 from tinygrad_llm.optim import SGD, AdamW, clip_grad_norm_, decay_groups, warmup_cosine
-from tinygrad_llm.parallel import Shards
 from tinygrad_llm.tensor import Tensor
+from tinygrad_llm.threads import team
 
 SHAPES = [(7, 5), (11,), (), (2, 3, 4)]
 BOTH = [SGD, AdamW]
@@ -181,7 +181,7 @@ def test_the_books_gradient_of_norm_five():
 def test_threads_and_joined_arrays_change_no_bit(dtype, monkeypatch):
     """Small arrays are joined, large ones cut into blocks: alone, each moves to the same bits."""
     monkeypatch.setattr(optim, "_BLOCK", 16)
-    monkeypatch.setattr(optim, "WORTH_SHARING", 0)
+    monkeypatch.setattr(optim, "_WORTH_SHARING", 0)
 
     def trained(threads, small):
         monkeypatch.setattr(optim, "_SMALL", small)
@@ -190,13 +190,14 @@ def test_threads_and_joined_arrays_change_no_bit(dtype, monkeypatch):
             {"params": params[::2], "weight_decay": 0.1},
             {"params": params[1::2], "weight_decay": 0.0, "betas": (0.5, 0.5)},
         ]
-        opt, norms, each = AdamW(groups, lr=0.1), [], Shards(threads).map
+        opt, norms = AdamW(groups, lr=0.1), []
         for step in range(4):
             give_gradients(params, np.random.default_rng(step))
             if step == 1:
                 params[0].grad = params[5].grad = None  # from here on, counts of steps differ
-            norms.append(clip_grad_norm_(params, 1.0, each))
-            opt.step(each)
+            with team(threads):
+                norms.append(clip_grad_norm_(params, 1.0))
+                opt.step()
         return norms, [p.data for p in params], [s["exp_avg_sq"] for s in opt.state]
 
     norms, data, squares = trained(threads=1, small=0)

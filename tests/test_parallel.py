@@ -1,14 +1,12 @@
 """A batch shared out among threads gives the loss and the gradients of the whole batch."""
 
-import threading
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from tinygrad_llm import backend, optim, random
+from tinygrad_llm import backend, optim, parallel, random, threads
 from tinygrad_llm.gpt import GPT, GPTConfig
 from tinygrad_llm.parallel import Shards
 
@@ -68,9 +66,9 @@ def test_the_same_number_of_threads_gives_the_same_bits():
 def test_dropout_draws_its_masks_in_order():
     ids, targets = batch(6)
     losses = []
-    for threads in (1, 3):
+    for n in (1, 3):
         model = small_model(drop_rate=0.3)
-        losses.append(Shards(threads).backward(model, ids, targets))
+        losses.append(Shards(n).backward(model, ids, targets))
     assert losses[0] == losses[1]
 
 
@@ -91,26 +89,47 @@ def test_pieces_give_the_loss_and_gradients_of_the_whole_batch(rows, pieces, ign
 @pytest.mark.parametrize("where", ["emb", "attn", "shortcut"])
 def test_dropout_of_any_kind_runs_on_one_thread(where):
     losses = []
-    for threads in (1, 3):
+    for n in (1, 3):
         model = small_model(**{f"drop_rate_{where}": 0.3})
-        losses.append(Shards(threads).backward(model, *batch(6)))
+        losses.append(Shards(n).backward(model, *batch(6)))
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize(("rows", "rate", "expected"), [(4, 0.0, 1), (4, 0.3, 2), (1, 0.0, 2)])
-def test_blas_has_the_threads_where_rows_are_not_shared_out(rows, rate, expected):
+@pytest.mark.parametrize(
+    ("rows", "rate", "large", "team"),
+    [(4, 0.0, False, 1), (4, 0.3, False, 2), (1, 0.0, False, 2), (4, 0.0, True, 2)],
+)
+def test_kernels_have_the_threads_where_rows_are_not_shared_out(
+    rows, rate, large, team, monkeypatch
+):
     seen = set()
 
     class Watched(GPT):
         def loss(self, ids, targets):
-            seen.update(b["num_threads"] for b in threadpool_info() if b["user_api"] == "blas")
+            (blas,) = {b["num_threads"] for b in threadpool_info() if b["user_api"] == "blas"}
+            seen.add((blas, threads.size(), len(ids)))
             return super().loss(ids, targets)
 
     model = Watched(small_model(drop_rate=rate).cfg)
+    if large:
+        monkeypatch.setattr(parallel, "LARGE", 0)
     for before in (1, 2):
         with threadpool_limits(before, "blas"):
             Shards(2).backward(model, *batch(rows))
-    assert seen == {expected}
+    assert seen == {(1, team, rows if team == 2 else rows // 2)}
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_a_large_model_has_the_gradients_of_a_small_one(pieces, monkeypatch):
+    ids, targets = batch(4)
+    model = small_model()
+    loss, expected = whole_batch(model, ids, targets)
+    monkeypatch.setattr(parallel, "LARGE", 0)
+    monkeypatch.setattr(optim, "_WORTH_SHARING", 0)
+    assert Shards(2).backward(model, ids, targets, pieces=pieces) == pytest.approx(loss, rel=1e-12)
+    found = gradients(model)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-9, atol=1e-13, err_msg=name)
 
 
 def test_frozen_parameters_get_no_gradient():
@@ -126,34 +145,6 @@ def test_threads_follow_the_reading_of_the_caller():
     with backend.using(used):
         Shards(2).backward(small_model(), *batch(4))
     assert used, "the threads ran in another reading"
-
-
-def test_map_keeps_the_order_and_raises_what_any_thread_raised():
-    shards, reading = Shards(3), backend.Reading(backend.Space(np))
-    with backend.using(reading):
-        found = shards.map(lambda i: (i * i, backend.current.reading is reading), range(50))
-    assert found == [(i * i, True) for i in range(50)]
-    assert shards.map(len, []) == []
-    every = threading.Barrier(3)  # so that each thread takes one
-
-    def fails(i):
-        every.wait(timeout=60)
-        raise ValueError(f"item {i}")
-
-    with pytest.raises(ValueError, match="item"):
-        shards.map(fails, range(3))
-    assert shards.map(abs, [-1]) == [1]
-
-
-def test_gradients_are_added_alike_on_threads(monkeypatch):
-    ids, targets = batch(6)
-    found = []
-    for worth_sharing in (0, 1 << 30):
-        monkeypatch.setattr(optim, "WORTH_SHARING", worth_sharing)
-        model = small_model()
-        Shards(3).backward(model, ids, targets)
-        found.append(gradients(model))
-    assert all(np.array_equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_a_batch_without_targets_has_no_mean():

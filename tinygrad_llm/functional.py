@@ -249,7 +249,7 @@ def cross_entropy(logits, targets, ignore_index=-100, reduction="mean"):
 
 
 def linear_cross_entropy(x, weight, targets, ignore_index=-100):
-    """cross_entropy(linear(x, weight), targets), on a GPU with the logits in memory once.
+    """cross_entropy(linear(x, weight), targets), by kernels with the logits in memory once.
 
     x (..., C), weight (V, C), targets (...) -> a scalar. IndexError as in cross_entropy.
     """
@@ -264,8 +264,6 @@ def linear_cross_entropy(x, weight, targets, ignore_index=-100):
         return cross_entropy(linear(x, weight), ids.reshape(x.shape[:-1]), ignore_index)
 
     where = of(x.data)
-    if where is CPU:
-        return by_ops(x, weight, None)
     if of(ids) is CPU:
         _check_range(ids[ids != ignore_index], weight.shape[0], "linear_cross_entropy: target")
     return fused(

@@ -7,11 +7,11 @@ position: a restart must list the parameters in the same order.
 import math
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from . import backend
+from . import backend, threads
 from .device import CPU, of
 from .nn import Module
 from .precision import DTYPES, is_narrow
@@ -19,9 +19,7 @@ from .tensor import Tensor
 
 _BLOCK = 1 << 17  # elements at a time: in cache, and enough that threads seldom wait for Python
 _SMALL = 1 << 12  # arrays up to this size are updated together: calls would cost more than copies
-WORTH_SHARING = 1 << 22  # elements: with fewer, a thread is done before another one has woken up
-
-Each = Callable[[Callable, Iterable], Iterable]  # map, or one that uses threads: Shards.map
+_WORTH_SHARING = 1 << 22  # elements: with fewer, a thread is done before another has woken up
 
 
 class Optimizer(ABC):
@@ -55,11 +53,8 @@ class Optimizer(ABC):
         for parameter in self._parameters():
             parameter.grad = None
 
-    def step(self, each: Each = map) -> None:
-        """Moves every parameter that has a gradient; the others are left alone.
-
-        each    map, or what does the same on several threads, with the same result: Shards.map
-        """
+    def step(self) -> None:
+        """Moves every parameter that has a gradient; the others are left alone."""
         moved, states = [], iter(self.state)
         for group in self.param_groups:
             for parameter, state in zip(group["params"], states):
@@ -70,7 +65,7 @@ class Optimizer(ABC):
         for parameter, state, group in moved:
             state["step"] = state.get("step", 0) + 1
             moves.append((_wide_data(parameter, state), parameter.grad.data, state, group))
-        self._update(moves, each)
+        self._update(moves)
         for (parameter, _, _), (p, *_) in zip(moved, moves):
             if p is not parameter.data:
                 parameter.data[...] = p.astype(parameter.dtype)
@@ -115,7 +110,7 @@ class Optimizer(ABC):
             group.update({**saved, "params": group["params"]})
 
     @abstractmethod
-    def _update(self, moves, each):
+    def _update(self, moves):
         """For each (p, g, state, group) changes the array p in place, float32 or wider, given its
         gradient g, which may be narrower; keeps its own arrays in `state`.
         """
@@ -168,7 +163,7 @@ class SGD(Optimizer):
         options = {"momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(params, {"lr": lr, **options})
 
-    def _update(self, moves, each):
+    def _update(self, moves):
         for p, g, state, group in moves:
             self._move(p, g.astype(p.dtype, copy=False), state, group)
 
@@ -221,7 +216,7 @@ class AdamW(Optimizer):
         options = {"betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {"lr": lr, **options})
 
-    def step(self, each: Each = map) -> None:
+    def step(self) -> None:
         if self._by_kernel():
             for p, state in zip(self._parameters(), self.state, strict=True):
                 if p.grad is not None:
@@ -230,7 +225,7 @@ class AdamW(Optimizer):
             self.step_on_device(gradients, self.param_groups[0]["lr"])
         else:
             self._leave_kernel()
-            super().step(each)
+            super().step()
 
     def step_on_device(self, gradients, lr, max_norm=None, loss_scale=None, guarded=False):
         """The step of all parameters by one kernel: nothing waits for the device.
@@ -301,7 +296,7 @@ class AdamW(Optimizer):
         kernel.steps[...] = max(state.get("step", 0) for state in self.state)
         return kernel
 
-    def _update(self, moves, each):
+    def _update(self, moves):
         """In blocks, each on its own: whoever does them, the numbers are the same."""
         blocks, small = [], {}
         for p, g, state, group in moves:
@@ -315,8 +310,7 @@ class AdamW(Optimizer):
                 blocks += [(_adamw, block, state["step"], group) for block in _blocks(*arrays)]
         for (step, *_), (group, together) in small.items():
             blocks.append((_adamw_of_small, together, step, group))
-        each = worth_sharing(each, [p for p, *_ in moves])
-        list(each(lambda block: block[0](*block[1:]), blocks))
+        share_elements(lambda block: block[0](*block[1:]), blocks, [p for p, *_ in moves])
 
     def _check(self, group, known):
         super()._check(group, known)
@@ -405,13 +399,12 @@ def kernels_for(parameters):
 # --- before the step ------------------------------------------------------------------------------
 
 
-def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, each: Each = map) -> float:
+def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> float:
     """Scales all gradients together, in place, so that their length is at most max_norm.
 
     Returns the length before: √Σ g² over all elements of all gradients. If that is nan or infinite,
     the gradients are left as they are, and the caller decides (skip the step, or stop).
-    each: as in Optimizer.step. Raises ValueError unless max_norm > 0. Pascanu, Mikolov & Bengio,
-    2013.
+    Raises ValueError unless max_norm > 0. Pascanu, Mikolov & Bengio, 2013.
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm is above 0, not {max_norm!r}")
@@ -421,12 +414,11 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, each: Each = 
         norm = float(kernels.global_norm(gradients))
         blocks = gradients
     else:
-        each = worth_sharing(each, gradients)
         blocks = [block for g in gradients for (block,) in _blocks(g)]
-        norm = math.sqrt(sum(each(_sum_of_squares, blocks)))
+        norm = math.sqrt(sum(share_elements(_sum_of_squares, blocks, gradients)))
     scale = max_norm / (norm + 1e-6)
     if scale < 1 and math.isfinite(norm):
-        list(each(lambda block: operator.imul(block, scale), blocks))
+        share_elements(lambda block: operator.imul(block, scale), blocks, gradients)
     return norm
 
 
@@ -512,10 +504,13 @@ def _blocks(*arrays) -> Iterator[tuple]:
         yield tuple(array[start : start + rows] for array in arrays)
 
 
-def worth_sharing(each, arrays):
-    """`each`, or map where threads do not pay: for few elements, and on a GPU."""
-    large = sum(a.size for a in arrays) > WORTH_SHARING
-    return each if large and all(of(a) is CPU for a in arrays) else map
+def share_elements(function, blocks, arrays):
+    """[function(block) for block in blocks], which are those of `arrays`; shared out among the team
+    where that pays: not for few elements, and not on a GPU.
+    """
+    large = sum(a.size for a in arrays) > _WORTH_SHARING
+    shared = large and all(of(a) is CPU for a in arrays)
+    return threads.share(function, blocks) if shared else [*map(function, blocks)]
 
 
 def _sum_of_squares(block):

@@ -1,57 +1,36 @@
-"""One batch on several threads: each takes some of its rows, and the gradients are added up.
+"""One batch on several threads.
 
-Python runs one thread at a time, but NumPy lets the others go on while it computes. So the whole
-step runs in parallel, not only the matrix products that BLAS can share out, and the threads wait
-for each other once in a step instead of once in every product. BLAS itself then gets one thread;
-where there is nothing to share out, it gets all of them. It never chooses a number by itself, from
-the machine or OPENBLAS_NUM_THREADS: other sums of the same numbers would have other last bits.
-
-What comes after, adding up gradients, clipping and the optimizer's step, takes `Shards.map` where a
-model is so large that a second thread is of use before the first one is done.
+A small model is computed by each thread, on some of the rows of the batch, and the gradients are
+added up: the threads wait for each other once in a step. A large one is computed by one thread,
+whose kernels share out what they do (see threads.py): they wait after each kernel, which is short
+beside the kernel's work then, and nobody needs gradients of its own, as large as the weights.
 """
 
 import operator
-import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import ThreadpoolController
 
-from . import backend
+from . import backend, threads
 from .nn import Module
-from .optim import worth_sharing
+from .optim import share_elements
 from .precision import is_narrow
 from .tensor import Tensor, leaf_gradients, no_grad
 
 IGNORED = -100  # a target that does not count
+LARGE = 1 << 22  # parameters: from there on, kernels take longer than threads take to wake up
 
 Batch = tuple[NDArray, ...]
 
 
-def default_threads() -> int:
-    """As many as this process has cores, up to 4: Python's own work is not shared out."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(cores or 1, 4)
-
-
-def blas() -> str:
-    """What multiplies NumPy's matrices, and for which processor: "openblas 0.3.30 Haswell"."""
-    found = ThreadpoolController().select(user_api="blas").info()
-    names = ("internal_api", "version", "architecture")
-    return ", ".join(" ".join(str(one.get(name)) for name in names) for one in found) or "unknown"
-
-
 class Shards:
-    """Shares out the rows of a batch among `threads` threads.
+    """Shares out the work on a batch among `threads` threads.
 
     The sums are taken in the same order every time: the same number of threads gives the same bits.
-    A model with dropout, in training, runs on one thread, since its masks come from one random
-    stream, and so do a single row, for which BLAS has `threads` then, and a GPU.
-    Each further thread holds gradients of its own while it computes, as large as the weights.
+    Rows are shared out unless the model is large, or has dropout, in training, whose masks come
+    from one random stream; or there is a single row. A GPU has threads of its own.
 
     A batch is what model.loss takes, arrays with a row for each example: (ids, targets, ...). A
     mean is over the targets that count, those that are not -100: (B, T) of tokens, (B,) of labels.
@@ -61,35 +40,6 @@ class Shards:
         if threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
         self.threads = threads
-        self._others = ThreadPoolExecutor(threads - 1, "shard") if threads > 1 else None
-        self._blas = ThreadpoolController()
-
-    def limited(self, threads: int) -> AbstractContextManager:
-        """In the block BLAS has that many threads, whatever it had before."""
-        return self._blas.limit(limits=threads, user_api="blas")
-
-    def map(self, function: Callable, items: Iterable) -> list[Any]:
-        """[function(item) for item in items], each by the thread that is free next: a thread that
-        the system wakes late then does less. BLAS has one thread meanwhile.
-        """
-        items = list(items)
-        results, places = [None] * len(items), iter(range(len(items)))
-        reading = backend.current.reading  # of this thread: the others follow it
-
-        def run():
-            with backend.using(reading), np.errstate(all="ignore"):
-                for i in places:  # whose next() is one step of Python: no two threads get the same
-                    results[i] = function(items[i])
-
-        with self.limited(1):
-            others = [self._others.submit(run) for _ in range(min(self.threads, len(items)) - 1)]
-            try:
-                run()
-            finally:
-                wait(others)
-        for other in others:
-            other.result()  # raises what was raised there
-        return results
 
     def loss(self, model: Module, *batch: NDArray) -> float:
         """model.loss(*batch) as a number and without a graph."""
@@ -115,6 +65,8 @@ class Shards:
             loss = model.loss(*batch)
             return loss.item() * weight, leaf_gradients(loss, weight * scale)
 
+        for parameter in model.parameters():
+            parameter.grad = None  # its memory, before new gradients are made
         total, gradients = 0.0, {}
         for rows, weight in _shares(batch, pieces):
             found = self._each(shard, model, _rows_of(batch, rows), weight)
@@ -130,20 +82,27 @@ class Shards:
     def _add(self, gradients: dict[int, Tensor], more: dict[int, Tensor]) -> None:
         """Adds up gradients by parameter, in the memory of the first ones."""
         pairs = [(gradients[i].data, g.data) for i, g in more.items() if i in gradients]
-        each = worth_sharing(self.map, [b for _, b in pairs])
-        list(each(lambda pair: operator.iadd(*pair), pairs))
+        share_elements(lambda pair: operator.iadd(*pair), pairs, [a for a, _ in pairs])
         for i, g in more.items():
             if i not in gradients:
                 gradients[i] = g.float() if is_narrow(g.data) else g
 
     def _each(self, shard: Callable, model: Module, batch: Batch, whole: float) -> list[Any]:
         """shard(rows of the batch, weight) for each thread; the weights add up to `whole`."""
-        alone = (model.training and model.draws_masks()) or model.device != "cpu"
-        shares = _shares(batch, 1 if alone else self.threads)
-        if len(shares) == 1:
-            with self.limited(self.threads):
+        large = sum(p.data.size for p in model.parameters()) > LARGE
+        whole_batch = large or (model.training and model.draws_masks()) or model.device != "cpu"
+        shares = _shares(batch, 1 if whole_batch else self.threads)
+        reading = backend.current.reading  # of this thread: the others follow it
+
+        def some(share):
+            rows, weight = share
+            with backend.using(reading):
+                return shard(_rows_of(batch, rows), whole * weight)
+
+        with threads.team(self.threads), np.errstate(all="ignore"):
+            if len(shares) == 1:
                 return [shard(batch, whole)]
-        return self.map(lambda share: shard(_rows_of(batch, share[0]), whole * share[1]), shares)
+            return threads.share(some, shares)
 
 
 def counts(batch: Batch) -> NDArray:

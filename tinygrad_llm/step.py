@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from . import backend, random
+from . import backend, random, threads
 from .device import device
 from .nn import Module
 from .optim import AdamW, LossScale, clip_grad_norm_, kernels_for
@@ -84,16 +84,14 @@ class HostStep(_Step):
         """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         scale = self.loss_scale.scale if self.loss_scale else 1.0
-        each = self.shards.map
-        # With more threads of BLAS, the length of the gradient would have other last bits.
-        with np.errstate(all="ignore"), self.shards.limited(1):
+        with np.errstate(all="ignore"), threads.team(self.shards.threads):
             loss = self.shards.backward(self.model, *batch, pieces=self.accumulate, scale=scale)
-            norm = clip_grad_norm_(parameters, self.max_norm, each)
+            norm = clip_grad_norm_(parameters, self.max_norm)
             finite = math.isfinite(norm) and math.isfinite(loss)
             if self.loss_scale.update(finite) if self.loss_scale else finite:
                 for group in self.optimizer.param_groups:
                     group["lr"] = lr
-                self.optimizer.step(each)
+                self.optimizer.step()
         self._found, self.scale = (loss, norm), scale
 
     def finish(self) -> tuple[float, float]:

@@ -23,8 +23,9 @@ from .generate import evaluating
 from .gpt import GPT, GPTConfig
 from .nn import Module, no_init
 from .optim import AdamW, decay_groups, warmup_cosine
-from .parallel import Batch, Shards, blas, default_threads
+from .parallel import Batch, Shards
 from .step import make_step
+from .threads import blas, default_threads
 
 STATE_VERSION = 3  # of Trainer.state_dict
 

@@ -5,8 +5,11 @@ import math
 
 import numpy as np
 
+from ... import threads
+
 SIZE = 1 << 16  # elements: 256 KB of float32, so that three buffers fit in a core's L2 cache
 _LONG = 512  # elements of a row that are worth a loop of their own
+_WORTH = 1 << 23  # multiplications, from which on a second thread pays: it takes 50 µs to wake up
 
 
 def flat(x):
@@ -19,11 +22,20 @@ def blocks(n, size=SIZE):
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
+def shares(n, multiplications, most=None):
+    """Slices that cover range(n), one for each thread of the team; a single one where there is too
+    little to do. most: no slice is longer.
+    """
+    parts = max(1, min(n, threads.size() if multiplications > _WORTH else 1))
+    rows = max(1, -(-n // parts))
+    return blocks(n, min(rows, most or rows))
+
+
 def stacks(batch, elements):
     """Indices that cut batch axes of these lengths into stacks of matrices that have that many
     elements each, so that a stack stays in the cache.
     """
-    most, inner = max(1, 2 * SIZE // elements), math.prod(batch[1:])
+    most, inner = max(1, 4 * SIZE // elements), math.prod(batch[1:])
     if math.prod(batch) <= most:
         return [()]
     if inner <= most:

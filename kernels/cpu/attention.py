@@ -5,18 +5,27 @@ import math
 
 import numpy as np
 
-from ._blocks import blocks, is_moderate, softmax_into, stacks
+from ...threads import share
+from ._blocks import blocks, is_moderate, stacks
 
 KERNELS = ("attention",)
 
 _QUERIES = 32  # in a block, at least: few, since with a causal mask a block skips what it hides
-_KEPT = 256  # queries up to which P is saved: for more, it would outweigh what else a layer saves
+_MOST = 128  # at most: products with more rows are no faster
+_KEPT = 128  # queries up to which E is saved: for more, it would outweigh what else a layer saves
 
 
 class attention:
-    """y = (D ⊙ P) v,  P = softmax(scale q kᵀ), one block of queries after the other.
+    """y = (D ⊙ P) v,  P = softmax(S),  S = scale q kᵀ, one block of queries after the other
 
-    Saved: the blocks of P. Of long sequences nothing: P is computed again, so that there never is
+    P = E / s, with E = e^{S - m} and its rows' sums s; m is 0, or where numbers are large, a row's
+    maximum. T × d numbers are divided by s in the place of T × T:
+
+        y = ((D ⊙ E) v) / s
+        S̄ = E ⊙ (D ⊙ ((g / s) vᵀ) - (g · y) / s)
+        q̄ = scale S̄ k,  k̄ = S̄ᵀ (scale q),  v̄ = (D ⊙ E)ᵀ (g / s)
+
+    Saved: m, s, and the blocks of E. Of long sequences E is computed again, so that there never is
     an array of T × T.
     """
 
@@ -24,44 +33,61 @@ class attention:
     def forward(q, k, v, M=True, B=0.0, D=1.0, *, causal=False, scale=None):
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         y = _heads_side_by_side((*q.shape[:-1], v.shape[-1]), q.dtype)
-        saved, kept = [], q.shape[-2] <= _KEPT
-        for h, parts in _plan(q, k, causal):
-            k_t = _transposed(k[h], q)
+        heads, parts = _plan(q, k, causal)
+        kept = q.shape[-2] <= _KEPT
+
+        def some(h):
+            k_t, saved = _transposed(k[h], q), []
             for i, n in parts:
-                P = _probabilities(q[h][..., i, :], k_t[..., :n], scale, causal)
-                np.matmul(_dropped(P, D, h, i, n), v[h][..., :n, :], out=y[h][..., i, :])
-                if kept:
-                    saved.append(P)
-        return y, saved
+                E = (q[h][..., i, :] * scale) @ k_t[..., :n]  # S at first: (..., block, n)
+                moderate = is_moderate(E)  # before anything is hidden
+                _hide(E, causal)
+                m = None if moderate else E.max(axis=-1, keepdims=True)
+                _exponentials(E, m)
+                s = (E @ np.ones(n, E.dtype))[..., None]  # as a product, since BLAS sums fastest
+                yi = y[h][..., i, :]
+                np.matmul(_dropped(E, D, h, i, n), v[h][..., :n, :], out=yi)
+                yi /= s
+                saved.append((m, s, E if kept else None))
+            return saved
+
+        return y, share(some, heads)
 
     @staticmethod
-    def vjp(g, y, q, k, v, M=True, B=0.0, D=1.0, *, causal=False, scale=None, saved, needs):
+    def vjp(
+        g, y, q, k, v, M=True, B=0.0, D=1.0, *, causal=False, scale=None, saved, needs, into=None
+    ):  # fmt: skip
+        """into: arrays for q̄, k̄ and v̄."""
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        q_bar, k_bar, v_bar = (_heads_side_by_side(a.shape, a.dtype) for a in (q, k, v))
-        g_dot_y = np.vecdot(g, y)[..., None]  # (..., T, 1)
-        of_heads = iter(saved)
-        for h, parts in _plan(q, k, causal):
+        bars = [_heads_side_by_side(a.shape, a.dtype) for a in (q, k, v)] if into is None else into
+        q_bar, k_bar, v_bar = bars
+        heads, parts = _plan(q, k, causal)
+
+        def some(h_and_saved):
+            h, saved = h_and_saved
             v_t = _transposed(v[h], q)
-            k_t = None if saved else _transposed(k[h], q)
-            kept = [next(of_heads, None) for _ in parts]
-            for (i, n), P in reversed([*zip(parts, kept)]):
-                qi, gi = q[h][..., i, :], g[h][..., i, :]
-                if P is None:
-                    P = _probabilities(qi, k_t[..., :n], scale, causal)
-                S_bar = gi @ v_t[..., :n]  # P̄, before D: (..., block, n)
+            k_t = _transposed(k[h], q) if saved[0][-1] is None else None
+            for (i, n), (m, s, E) in reversed([*zip(parts, saved)]):
+                qi, gi = q[h][..., i, :] * scale, g[h][..., i, :] / s
+                if E is None:
+                    E = _hide(qi @ k_t[..., :n], causal)
+                    _exponentials(E, m)
+                S_bar = gi @ v_t[..., :n]  # (..., block, n)
                 if not isinstance(D, float):
                     S_bar *= D[h][..., i, :n]
-                S_bar -= g_dot_y[h][..., i, :]
-                S_bar *= P
-                S_bar *= scale
+                S_bar -= np.vecdot(gi, y[h][..., i, :])[..., None]
+                S_bar *= E
                 np.matmul(S_bar, k[h][..., :n, :], out=q_bar[h][..., i, :])
-                S_bar_t, P_t = map(np.matrix_transpose, (S_bar, _dropped(P, D, h, i, n)))
+                q_bar[h][..., i, :] *= scale
+                S_bar_t, E_t = map(np.matrix_transpose, (S_bar, _dropped(E, D, h, i, n)))
                 if i.stop == q.shape[-2]:  # visited first: it sees every key
                     np.matmul(S_bar_t, qi, out=k_bar[h])
-                    np.matmul(P_t, gi, out=v_bar[h])
+                    np.matmul(E_t, gi, out=v_bar[h])
                 else:
                     k_bar[h][..., :n, :] += S_bar_t @ qi
-                    v_bar[h][..., :n, :] += P_t @ gi
+                    v_bar[h][..., :n, :] += E_t @ gi
+
+        share(some, zip(heads, saved))
         return q_bar, k_bar, v_bar, None, None, None
 
     @staticmethod
@@ -77,26 +103,30 @@ class attention:
 
 
 def _plan(q, k, causal):
-    """[(h, [(i, n), ...]), ...]: indices h of some heads, for whom a block's scores fit into the
+    """([h, ...], [(i, n), ...]): indices h of some heads, for whom a block's scores fit into the
     cache, and blocks i of queries with the number n of keys that the last query of each sees.
     """
     T, S = q.shape[-2], k.shape[-2]
-    size = max(_QUERIES, T // 8) if causal else 128
+    size = min(max(_QUERIES, T // 4), _MOST) if causal else _MOST
     parts = [(i, i.stop + S - T if causal else S) for i in blocks(T, size)]
-    return [(h, parts) for h in stacks(q.shape[:-2], min(T, size) * S)]
+    return stacks(q.shape[:-2], min(T, size) * S), parts
 
 
-def _probabilities(q, k_t, scale, causal):
-    """softmax(scale q kᵀ): (..., block, n). If causal, the last query sees the last key, and each
-    query before it one key less.
+def _hide(S, causal):
+    """S (..., block, n), and if causal, -inf in it where a key follows a query: the last query sees
+    the last key, and each query before it one key less.
     """
-    P = q @ k_t
-    P *= scale
-    moderate = is_moderate(P)  # before anything is hidden
-    block, n = P.shape[-2:]
+    block, n = S.shape[-2:]
     if causal:
-        P[..., n - block :] += _hidden(block, P.dtype)
-    return softmax_into(P, P, moderate)
+        S[..., n - block :] += _hidden(block, S.dtype)
+    return S
+
+
+def _exponentials(S, m):
+    """S becomes e^{S - m}."""
+    if m is not None:
+        S -= m
+    np.exp(S, out=S)
 
 
 @functools.lru_cache(64)
@@ -116,8 +146,8 @@ def _transposed(a, q):
     return np.ascontiguousarray(a_t) if q.shape[-2] >= _QUERIES else a_t
 
 
-def _dropped(P, D, h, i, n):
-    return P if isinstance(D, float) else P * D[h][..., i, :n]
+def _dropped(E, D, h, i, n):
+    return E if isinstance(D, float) else E * D[h][..., i, :n]
 
 
 def _heads_side_by_side(shape, dtype):

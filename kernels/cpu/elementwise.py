@@ -1,10 +1,13 @@
-"""Activations in place, block by block: each block is read from memory once and written once."""
+"""Activations in place, block by block: each block is read from memory once and written once. The
+threads of the team share the blocks out.
+"""
 
 import math
 
 import numpy as np
 
-from ._blocks import blocks, flat
+from ...threads import share
+from ._blocks import SIZE, blocks, flat
 
 KERNELS = ("gelu_tanh",)
 
@@ -17,7 +20,8 @@ class gelu_tanh:
     @staticmethod
     def forward(x):
         x_, y, t = flat(x), np.empty(x.size, x.dtype), np.empty(x.size, x.dtype)
-        for i in blocks(x.size):
+
+        def block(i):
             xi, yi, ti = x_[i], y[i], t[i]
             np.multiply(xi, xi, out=ti)
             ti *= 0.044715 * _C
@@ -27,19 +31,20 @@ class gelu_tanh:
             np.add(ti, 1, out=yi)
             yi *= 0.5
             yi *= xi
+
+        share(block, blocks(x.size))
         return y.reshape(x.shape), t
 
     @staticmethod
     def vjp(g, y, x, *, saved, needs):
         x_, g_, t, x_bar = flat(x), flat(g), saved, np.empty(x.size, x.dtype)
-        one_minus_t2 = np.empty(min(x.size, blocks.__defaults__[0]), x.dtype)
-        for i in blocks(x.size):
+
+        def block(i):
             xi, ti, d = x_[i], t[i], x_bar[i]
-            s = one_minus_t2[: len(xi)]
             np.multiply(xi, xi, out=d)  # x ⊙ (1 - t²) ⊙ du, du = √(2/π) (1 + 3 · 0.044715 x²)
             d *= 3 * 0.044715 * _C
             d += _C
-            np.multiply(ti, ti, out=s)
+            s = ti * ti
             np.subtract(1, s, out=s)
             d *= s  # before x: where x³ would overflow, this is 0
             d *= xi
@@ -47,8 +52,35 @@ class gelu_tanh:
             d += 1
             d *= 0.5
             d *= g_[i]
+
+        share(block, blocks(x.size))
         return (x_bar.reshape(x.shape),)
 
     @staticmethod
     def accepts(x):
         return x.dtype.char in "fd"
+
+
+def gelu_and_slope(x, y):
+    """y = gelu_tanh(x), and x becomes the derivative; both contiguous, of one shape."""
+    x, y = x.reshape(-1), y.reshape(-1)
+    s, q = np.empty((2, min(len(x), SIZE // 2)), x.dtype)
+    for i in blocks(len(x), SIZE // 2):
+        xi, t = x[i], y[i]
+        si, qi = s[: len(xi)], q[: len(xi)]
+        np.multiply(xi, xi, out=si)
+        np.multiply(si, 0.044715 * _C, out=t)
+        t += _C
+        t *= xi
+        np.tanh(t, out=t)
+        si *= 3 * 0.044715 * _C  # du, as above
+        si += _C
+        np.multiply(t, t, out=qi)
+        np.subtract(1, qi, out=qi)
+        si *= qi
+        si *= xi
+        t += 1
+        si += t
+        t *= 0.5
+        t *= xi
+        np.multiply(si, 0.5, out=xi)

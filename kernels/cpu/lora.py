@@ -4,7 +4,11 @@ As separate ops, the layer's own output and the update's would be kept until bac
 as their sum.
 """
 
-from ._blocks import SIZE, blocks, sum_rows
+import numpy as np
+
+from ...threads import share
+from ._blocks import SIZE, blocks, shares
+from .linear import affine, empty_like, multiplies, together, weight_gradients
 
 KERNELS = ()
 FUSED = ("lora",)
@@ -22,40 +26,42 @@ class lora:
     @staticmethod
     def forward(x, w, A, B, b=None, *, scale=1.0):
         rows = x.reshape(-1, x.shape[-1])  # (N, k)
-        h = rows @ A.T  # (N, r)
-        h *= scale
-        y = rows @ w.T  # (N, m)
-        _add_product(y, h, B.T)
-        if b is not None:
-            y += b
+        h, y = np.empty((len(rows), len(A)), x.dtype), np.empty((len(rows), len(w)), x.dtype)
+
+        def some(i):
+            np.matmul(rows[i], A.T, out=h[i])
+            h[i] *= scale
+            affine(rows[i], w, b, y[i])
+            _add_product(y[i], h[i], B.T)
+
+        share(some, shares(len(rows), w.size * len(rows)))
         return y.reshape(*x.shape[:-1], len(w)), h
 
     @staticmethod
     def vjp(g, y, x, w, A, B, b=None, *, saved, needs, scale=1.0):
-        rows, g_rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])  # (N, k), (N, m)
-        x_bar = w_bar = A_bar = B_bar = b_bar = None
+        rows, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])  # (N, k), (N, m)
+        x_bar, w_bar, A_bar, B_bar, b_bar = empty_like([rows, w, A, B, b], needs)
+        h_bar = np.empty(saved.shape, x.dtype)
+
+        def some(i):
+            np.matmul(g[i], B, out=h_bar[i])
+            h_bar[i] *= scale
+            if x_bar is not None:
+                np.matmul(g[i], w, out=x_bar[i])
+                _add_product(x_bar[i], h_bar[i], A)
+
         if needs[0] or needs[2]:
-            h_bar = g_rows @ B  # (N, r)
-            h_bar *= scale
-        if needs[0]:
-            x_bar = g_rows @ w  # (N, k)
-            _add_product(x_bar, h_bar, A)
-            x_bar = x_bar.reshape(x.shape)
-        if needs[1]:
-            w_bar = g_rows.T @ rows
-        if needs[2]:
-            A_bar = h_bar.T @ rows
-        if needs[3]:
-            B_bar = g_rows.T @ saved
-        if needs[4]:
-            b_bar = sum_rows(g)
+            share(some, shares(len(rows), w.size * len(rows)))
+        of_w = weight_gradients(g, rows, w_bar, b_bar)
+        of_A = weight_gradients(h_bar, rows, A_bar, None)
+        together([*of_w, *of_A, *weight_gradients(g, saved, B_bar, None)])
+        x_bar = x_bar if x_bar is None else x_bar.reshape(x.shape)
         return x_bar, w_bar, A_bar, B_bar, b_bar
 
     @staticmethod
     def accepts(x, *others, scale=1.0):
-        """One dtype throughout, of 32 bits or more, as for `linear`; something to multiply."""
-        same = all(a is None or a.dtype == x.dtype for a in others)
-        return same and x.dtype.char in "fd" and x.size > 0
+        """As for `linear`."""
+        return multiplies(x, *others)
 
 
 def _add_product(y, a, b):

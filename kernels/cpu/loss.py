@@ -2,11 +2,16 @@
 
 import numpy as np
 
-from ._blocks import SIZE, blocks
+from ...threads import share
+from ._blocks import SIZE, blocks, shares
+from .linear import empty_like, input_gradient, multiplies, together, weight_gradients
 
 KERNELS = ("cross_entropy",)
+FUSED = ("linear_cross_entropy",)
 
 _KEPT = 1 << 22  # logits up to which P is saved: to compute it again takes longer, but no memory
+
+_ROWS = 256  # of logits at a time that are not kept: fewer make slower products
 
 
 class cross_entropy:
@@ -23,11 +28,14 @@ class cross_entropy:
     def forward(x, t, *, ignore_index=-100):
         m, s = np.empty((2, len(x), 1), x.dtype)
         P = np.empty(x.shape, x.dtype) if x.size <= _KEPT else None
-        for i, E in _parts(x, P):
-            np.max(x[i], axis=-1, keepdims=True, out=m[i])
-            np.sum(_exponentials(x[i], m[i], E), axis=-1, keepdims=True, out=s[i])
+
+        def block(i):
+            E = np.empty(x[i].shape, x.dtype) if P is None else P[i]
+            _exponentials(x[i], E, m[i], s[i])
             if P is not None:
                 E /= s[i]
+
+        share(block, _blocks_of(x))
         rows = np.flatnonzero(t != ignore_index)
         columns = t[rows]
         N = x.dtype.type(len(rows))
@@ -37,14 +45,19 @@ class cross_entropy:
     @staticmethod
     def vjp(g, y, x, t, *, ignore_index=-100, saved, needs):
         P, m, s, rows, columns, N = saved
-        share = g / N
+        share_of_each = g / N
         if P is None:
             x_bar = np.empty(x.shape, x.dtype)
-            for i, E in _parts(x, x_bar):
-                np.multiply(_exponentials(x[i], m[i], E), share / s[i], out=E)
+
+            def block(i):
+                E = np.subtract(x[i], m[i], out=x_bar[i])
+                np.exp(E, out=E)
+                E *= share_of_each / s[i]
+
+            share(block, _blocks_of(x))
         else:
-            x_bar = P * share
-        x_bar[rows, columns] -= share
+            x_bar = P * share_of_each
+        x_bar[rows, columns] -= share_of_each
         if len(rows) < len(t):
             x_bar[t == ignore_index] = 0
         return x_bar, None
@@ -54,18 +67,70 @@ class cross_entropy:
         return x.dtype.char in "fd" and x.size > 0 and bool(np.any(t != ignore_index))
 
 
-def _parts(x, out):
-    """Yields (i, E): slices i of some rows of x, and an array E for as many rows: out[i], or for no
-    `out` a buffer that all of them share.
+class linear_cross_entropy:
+    """y = cross_entropy(h wᵀ, t), with the logits x = h wᵀ in memory once
+
+    h (n, c), w (V, c), t (n,) -> a scalar. The gradient of the logits replaces them in forward:
+    saved is X̄ = (P - onehot(t)) / N, and
+
+        h̄ = g X̄ w,   w̄ = X̄ᵀ (g h)
+
+    gradients   False for the loss alone, with the logits of a few rows at a time in memory
     """
-    n, v = x.shape
-    size = n if x.size <= _KEPT else max(1, 4 * SIZE // v)
-    buffer = np.empty((size, v), x.dtype) if out is None else None
-    for i in blocks(n, size):
-        yield i, buffer[: i.stop - i.start] if out is None else out[i]
+
+    @staticmethod
+    def forward(h, w, t, *, ignore_index=-100, gradients=True):
+        n, V = len(h), len(w)
+        counts = t != ignore_index
+        N = h.dtype.type(np.count_nonzero(counts))
+        losses = np.empty(n, h.dtype)
+        X_bar = np.empty((n, V), h.dtype) if gradients else None
+
+        def some(i):
+            x = np.empty((i.stop - i.start, V), h.dtype) if X_bar is None else X_bar[i]
+            np.matmul(h[i], w.T, out=x)
+            for j in _blocks_of(x):
+                _loss_and_gradient(x[j], t[i][j], counts[i][j], N, losses[i][j])
+
+        share(some, shares(n, n * w.size, None if gradients else _ROWS))
+        return np.sum(losses, where=counts) / N, X_bar
+
+    @staticmethod
+    def vjp(g, y, h, w, t, *, ignore_index=-100, gradients=True, saved, needs):
+        h_bar, w_bar = empty_like([h, w], needs[:2])
+        together([*input_gradient(saved, w, h_bar), *weight_gradients(saved, h * g, w_bar, None)])
+        if h_bar is not None:
+            h_bar *= g
+        return h_bar, w_bar, None
+
+    @staticmethod
+    def accepts(h, w, t, *, ignore_index=-100, gradients=True):
+        return multiplies(h, w) and bool(np.any(t != ignore_index))
 
 
-def _exponentials(x, m, E):
-    """E = e^{x - m}"""
+def _blocks_of(x):
+    return blocks(len(x), max(1, 4 * SIZE // x.shape[1]))
+
+
+def _exponentials(x, E, m, s):
+    """m is the largest of each row of x (n, V), E = e^{x - m}, s = Σ E over the row: all in place,
+    m and s (n, 1); E may be x.
+    """
+    np.max(x, axis=-1, keepdims=True, out=m)
     np.subtract(x, m, out=E)
-    return np.exp(E, out=E)
+    np.exp(E, out=E)
+    np.sum(E, axis=-1, keepdims=True, out=s)
+
+
+def _loss_and_gradient(x, t, counts, N, losses):
+    """losses become those of the rows of x (n, V), and x the gradient of their sum over N, which is
+    0 where a row does not count.
+    """
+    m, s = np.empty((2, len(x), 1), x.dtype)
+    rows = np.flatnonzero(counts)
+    chosen = x[rows, t[rows]]
+    _exponentials(x, x, m, s)
+    losses[rows] = (m + np.log(s))[rows, 0] - chosen
+    x /= s * N
+    x[rows, t[rows]] -= 1 / N
+    x[~counts] = 0

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ...threads import share
 from ._blocks import SIZE, blocks, mean_last, mean_product, row_by_row, sum_rows
 
 KERNELS = ("layer_norm", "rms_norm")
@@ -24,45 +25,51 @@ class layer_norm:
     @staticmethod
     def forward(x, w, b, *, eps=1e-5):
         rows, n = x.reshape(-1, x.shape[-1]), x.shape[-1]
-        y, left = np.empty(rows.shape, x.dtype), None
-        mu, r = np.empty((2, len(rows), 1), x.dtype)
-        with row_by_row(len(rows), n):
-            for i in blocks(len(rows), max(1, SIZE // n)):
+        y = np.empty(rows.shape, x.dtype)
+        mu, left, r = np.empty((3, len(rows), 1), x.dtype)
+
+        def block(i):
+            with row_by_row(len(rows), n):
                 c = y[i]
                 mu[i] = mean_last(rows[i])
                 np.subtract(rows[i], mu[i], out=c)
-                r[i] = _r(c, eps)
-                if not (np.abs(mu[i]) * r[i]).max() <= _NEAR:  # it may be NaN
-                    left = np.zeros(mu.shape, x.dtype) if left is None else left
+                r[i], left[i] = _r(c, eps), 0
+                if far := not (np.abs(mu[i]) * r[i]).max() <= _NEAR:  # it may be NaN
                     left[i] = mean_last(c)
                     c -= left[i]
                     r[i] = _r(c, eps)
                 c *= r[i]
                 c *= w
                 c += b
-        return y.reshape(x.shape), (mu, left, r)
+            return far
+
+        far = any(share(block, blocks(len(rows), max(1, SIZE // n))))
+        return y.reshape(x.shape), (mu, left if far else None, r)
 
     @staticmethod
     def vjp(g, y, x, w, b, *, eps=1e-5, saved, needs):
         mu, left, r = saved
         n = x.shape[-1]
         rows, g = x.reshape(-1, n), g.reshape(-1, n)
-        x_bar, w_bar, w_mean = np.empty(rows.shape, x.dtype), np.zeros(n, x.dtype), w / n
-        with row_by_row(len(rows), n):
-            for i in blocks(len(rows), max(1, SIZE // n)):
+        x_bar, w_mean = np.empty(rows.shape, x.dtype), w / n
+
+        def block(i):
+            with row_by_row(len(rows), n):
                 c = rows[i] - mu[i]
                 if left is not None:
                     c -= left[i]
                 u = np.multiply(g[i], c, out=x_bar[i])  # g ⊙ c, at first
-                w_bar += r[i, 0] @ u
+                w_bar = r[i, 0] @ u
                 mean_ux = r[i] * (u @ w_mean)[:, None]
                 c *= r[i] * mean_ux
                 c += (g[i] @ w_mean)[:, None]
                 np.multiply(g[i], w, out=u)
                 u -= c
                 u *= r[i]
-        b_bar = sum_rows(g) if needs[2] else None
-        return x_bar.reshape(x.shape), w_bar if needs[1] else None, b_bar
+            return w_bar, sum_rows(g[i])
+
+        w_bar, b_bar = map(sum, zip(*share(block, blocks(len(rows), max(1, SIZE // n)))))
+        return x_bar.reshape(x.shape), w_bar if needs[1] else None, b_bar if needs[2] else None
 
     @staticmethod
     def accepts(x, w, b, *, eps=1e-5):

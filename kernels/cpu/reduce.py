@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ...threads import share
 from ._blocks import SIZE, blocks, is_moderate, row_by_row, softmax_into
 
 KERNELS = ("softmax",)
@@ -14,19 +15,25 @@ class softmax:
     def forward(x, *, axis=-1):
         n = x.shape[-1]
         rows, y = x.reshape(-1, n), np.empty((x.size // n, n), x.dtype)
-        with row_by_row(len(rows), n):
-            for i in blocks(len(y), max(1, SIZE // n)):
+
+        def block(i):
+            with row_by_row(len(rows), n):
                 softmax_into(y[i], rows[i], is_moderate(rows[i]))
+
+        share(block, blocks(len(y), max(1, SIZE // n)))
         return y.reshape(x.shape), None
 
     @staticmethod
     def vjp(g, y, x, *, axis=-1, saved, needs):
         n = x.shape[-1]
         g, y, x_bar = g.reshape(-1, n), y.reshape(-1, n), np.empty((x.size // n, n), x.dtype)
-        with row_by_row(len(y), n):
-            for i in blocks(len(y), max(1, SIZE // n)):
+
+        def block(i):
+            with row_by_row(len(y), n):
                 np.subtract(g[i], np.vecdot(g[i], y[i])[:, None], out=x_bar[i])
                 x_bar[i] *= y[i]
+
+        share(block, blocks(len(y), max(1, SIZE // n)))
         return (x_bar.reshape(x.shape),)
 
     @staticmethod

@@ -22,12 +22,11 @@ class self_attention:
 
     @staticmethod
     def vjp(g, y, qkv, *, heads, causal, saved, needs, **_):
-        qkv_bar, g, y = np.empty_like(qkv), _by_head(g, heads), _by_head(y, heads)
-        bars = attention.vjp(
-            g, y, *_parts(qkv, heads), causal=causal, saved=saved, needs=(True, True, True)
-        )
-        for part, bar in zip(_parts(qkv_bar, heads), bars):
-            part[...] = bar
+        qkv_bar = np.empty(qkv.shape, qkv.dtype)
+        g, y = _by_head(g, heads), _by_head(y, heads)
+        q, k, v = _parts(qkv, heads)
+        into, needs = _parts(qkv_bar, heads), (True, True, True)
+        attention.vjp(g, y, q, k, v, causal=causal, saved=saved, needs=needs, into=into)
         return (qkv_bar,)
 
     @staticmethod

@@ -597,26 +597,25 @@ _SHAPE = {
 }
 
 _KERNELS = {
-    "kernel attention._probabilities": (
-        ("the mask starts at the first key", "n - block :", ":block"),
-        ("large scores overflow", "is_moderate(P)", "True"),
-    ),
+    "kernel attention._hide": (("the mask starts at the first key", "n - block :", ":block"),),
     "kernel attention._dropped": (
         (
-            "dropout changes the saved P",
-            "P * D[h][..., i, :n]",
-            "np.multiply(P, D[h][..., i, :n], out=P)",
+            "dropout changes the saved E",
+            "E * D[h][..., i, :n]",
+            "np.multiply(E, D[h][..., i, :n], out=E)",
         ),
     ),
+    "kernel attention.forward": (("large scores overflow", "is_moderate(E)", "True"),),
     "kernel attention.vjp": (
-        ("softmax's sum is missing", "S_bar -= g_dot_y[h][..., i, :]", "pass"),
-        ("the saved P is overwritten", "S_bar *= P", "S_bar = np.multiply(P, S_bar, out=P)"),
+        ("softmax's sum is missing", "S_bar -= np.vecdot(gi, y[h][..., i, :])[..., None]", "pass"),
+        ("the saved E is overwritten", "S_bar *= E", "S_bar = np.multiply(E, S_bar, out=E)"),
         (
             "each block of queries replaces k̄ of the last",
             "k_bar[h][..., :n, :] +=",
             "k_bar[h][..., :n, :] =",
         ),
-        ("P that is computed again is not scaled", "k_t[..., :n], scale,", "k_t[..., :n], 1.0,"),
+        ("E that is computed again is not scaled", "qi @ k_t", "q[h][..., i, :] @ k_t"),
+        ("q̄ is not scaled", "q_bar[h][..., i, :] *= scale", "pass"),
     ),
     "kernel attention.accepts": (("a mask is accepted and ignored", "M is True and ", ""),),
     "kernel gelu_tanh.vjp": (
@@ -625,7 +624,10 @@ _KERNELS = {
         ("the saved tanh is overwritten", "d += ti\n        d += 1", "ti += 1\n        d += ti"),
         ("the memory's order, not the elements'", "flat(g)", "g.ravel('K')"),
     ),
-    "kernel linear.vjp": (("b̄ is a mean over the rows", "sum_rows(g)", "sum_rows(g) / len(rows)"),),
+    "kernel linear.weight_gradients": (
+        ("b̄ is a mean over the rows", "np.matmul(ones,", "np.matmul(ones / len(g),"),
+        ("w̄ is that of |x|", "np.matmul(g[:, j].T, x,", "np.matmul(g[:, j].T, abs(x),"),
+    ),
     "kernel cross_entropy.forward": (
         ("ignored rows count in the mean", "type(len(rows))", "type(len(t))"),
     ),
@@ -633,7 +635,7 @@ _KERNELS = {
         ("large logits overflow", "subtract(x, m, out=E)", "copyto(E, x)"),
     ),
     "kernel cross_entropy.vjp": (
-        ("the saved P is overwritten", "P * share", "np.multiply(P, share, out=P)"),
+        ("the saved P is overwritten", "P * share_of_each", "np.multiply(P, share_of_each, out=P)"),
         ("ignored rows get a gradient", "len(rows) < len(t)", "False"),
     ),
     "kernel layer_norm.forward": (("b is not added", "c += b", "pass"),),

@@ -6,11 +6,12 @@ from typing import Any
 from .. import backend
 from ..device import Device
 from ..gpt import GPTConfig
+from ..parallel import LARGE
 from ..precision import dtype as dtype_named
 
 UNITS = ("B", "KiB", "MiB", "GiB")
-QUERIES = 32  # that attention's kernel takes at a time, at least
-SHORT = 256  # a context up to which that kernel keeps probabilities
+QUERIES = 32  # that attention's kernel takes at a time of a short context,
+SHORT = 128  # which is one up to which it keeps probabilities
 CHUNK = 2**30  # bytes of logits that a GPU keeps at a time, in at least as many rows:
 CHUNK_ROWS = 2048
 
@@ -54,7 +55,8 @@ def training_bytes(
 def _state_bytes(cfg, options, on_gpu, size):
     """Of each parameter that trains: gradients, AdamW's two means, the float32 copy of 16 bits."""
     dropout = any(map(cfg.dropout, ("emb", "attn", "shortcut")))
-    shares = 1 if on_gpu or dropout else min(options["threads"], options["batch_size"])
+    whole = on_gpu or dropout or cfg.num_parameters() > LARGE
+    shares = 1 if whole else min(options["threads"], options["batch_size"])
     gradients = shares * (size if on_gpu else 4)
     if options["accumulate"] > 1:
         gradients += 4  # their sum
@@ -63,8 +65,8 @@ def _state_bytes(cfg, options, on_gpu, size):
 
 def _logits_bytes(cfg, tokens, on_gpu, size):
     """What the output head needs beside what is kept."""
-    if not on_gpu:  # the logits' gradient; of 16 bits, a float32 copy, too
-        return tokens * cfg.vocab_size * (4 if size == 4 else 8)
+    if not on_gpu:  # of 16 bits, the gradient in both dtypes, and a float32 copy
+        return 0 if size == 4 else tokens * cfg.vocab_size * (size + 8)
     row = cfg.vocab_size * size
     chunk = min(tokens, max(CHUNK_ROWS, CHUNK // row))
     return chunk * row + 4 * cfg.vocab_size * cfg.emb_dim  # and the head's gradient
@@ -94,18 +96,19 @@ def kept_numbers(cfg: GPTConfig) -> int:
     """Numbers that a forward pass keeps of each token of a full context, for the backward pass.
 
     In a block, in units of the width C: two norms (2), q, k and v (3), what attention gives and its
-    projection (2), the feed-forward layer's 4 C before GELU, its tanh and after it (12), and the
-    layer's projection (1), two sums (2). Each norm's μ and r; and of short contexts each head's
-    probabilities, half of which a causal mask leaves out.
+    projection (2), the feed-forward layer's 4 C after GELU and its derivative there (8), and the
+    layer's projection (1), two sums (2). Three numbers of each norm, one
+    of each head; and of short contexts each head's probabilities, half of which a causal mask
+    leaves out. The logits, once.
     """
     C, T, H = cfg.emb_dim, cfg.context_length, cfg.n_heads
-    together = max(QUERIES, T // 8)  # queries whose hidden keys are the same
-    block = 22 * C + 4 + (H * (T + together) // 2 if T <= SHORT else 0)
+    of_attention = H * ((T + QUERIES) // 2 + 1) if T <= SHORT else H
+    block = 18 * C + 6 + of_attention
     if cfg.dropout("shortcut"):
         block += 4 * C  # two masks, two products
     if cfg.dropout("attn"):
         block += H * T  # a mask
-    ends = 3 * C + 2 + (2 * C if cfg.dropout("emb") else 0) + 2 * cfg.vocab_size
+    ends = 3 * C + 3 + (2 * C if cfg.dropout("emb") else 0) + cfg.vocab_size
     return cfg.n_layers * block + ends
 
 

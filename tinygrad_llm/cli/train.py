@@ -8,7 +8,7 @@ import typer
 
 from ..device import Device
 from ..gpt import SIZES
-from ..parallel import default_threads
+from ..threads import default_threads
 from .device import DeviceName, Dtype, DtypeName, Kernels
 from .launch import given_options, launch
 from .options import (

@@ -29,7 +29,7 @@ from ...finetune import (
 )
 from ...finetune.training import ClassifierTrainer
 from ...nn import lora_layers, trainable
-from ...parallel import default_threads
+from ...threads import default_threads
 from ...tokenizer import Tokenizer, load
 from ..device import DeviceName, Dtype, DtypeName, Kernels
 from ..launch import given_options, launch

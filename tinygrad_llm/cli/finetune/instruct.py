@@ -31,7 +31,7 @@ from ...finetune.training import InstructionTrainer, held_out_loss
 from ...generate import generate
 from ...gpt import GPT
 from ...nn import trainable
-from ...parallel import default_threads
+from ...threads import default_threads
 from ...tokenizer import Tokenizer, load
 from ..device import DeviceName, Dtype, DtypeName, Kernels
 from ..launch import given_options, launch

@@ -1,0 +1,187 @@
+"""The CPU's kernels for several ops in one, against the ops that they stand for in float64: to its
+last digits, and to those of float32, whatever the team of threads.
+"""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tinygrad_llm.kernels.cpu import _blocks, attention, loss
+
+from tinygrad_llm import backend, threads
+from tinygrad_llm import functional as F  # noqa: N812
+from tinygrad_llm.nn import FeedForward, MultiHeadAttention
+from tinygrad_llm.nn.attention import _mlp as by_ops
+from tinygrad_llm.tensor import Tensor, fused, grad, no_grad
+
+lengths = st.integers(1, 9)
+seeds = st.integers(0, 2**32 - 1)
+teams = st.sampled_from([1, 2, 3])
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """Everything is shared out, and nothing is done in one piece: as with large arrays."""
+    monkeypatch.setattr(_blocks, "_WORTH", 0)
+    monkeypatch.setattr(loss, "_ROWS", 3)
+    monkeypatch.setattr(loss, "SIZE", 8)
+    monkeypatch.setattr(attention, "_QUERIES", 2)
+
+
+def computed(function, tensors, reading, team, dtype):
+    """(y, the gradients of y ⊙ g for a certain g), with the tensors in that dtype."""
+    xs = [Tensor(x.data.astype(dtype), requires_grad=x.requires_grad) for x in tensors]
+    with backend.using(reading), threads.team(team):
+        y = function(*xs)
+        g = np.cos(np.arange(y.data.size)).reshape(y.shape).astype(dtype)
+        wanted = [x for x in xs if x.requires_grad]
+        return [y.data, *(each.data for each in grad(y, wanted, Tensor(g)))]
+
+
+def check(name, function, *arrays, frozen=(), team):
+    """`function` by the kernel of that name, and by ops."""
+    assert name in backend.CPU.fused
+    tensors = [Tensor(a, requires_grad=i not in frozen) for i, a in enumerate(arrays)]
+    assume(any(x.requires_grad for x in tensors))
+    exact = computed(function, tensors, backend.MATHS, 1, np.float64)
+    for dtype, digits in ((np.float64, 1e-12), (np.float32, 1e-4)):
+        before = [x.data.copy() for x in tensors]
+        found = computed(function, tensors, backend.CPU, team, dtype)
+        assert all(map(np.array_equal, before, (x.data for x in tensors)))
+        for a, b in zip(found, exact, strict=True):
+            assert a.dtype == dtype
+            assert a.shape == b.shape
+            np.testing.assert_allclose(a, b, rtol=digits, atol=digits * (np.abs(b).max() + 0.02))
+
+
+def normal(seed, *shapes):
+    generator = np.random.default_rng(seed)
+    return [generator.standard_normal(shape) for shape in shapes]
+
+
+def used(monkeypatch, kernel, method="forward"):
+    """A list that grows whenever the kernel's method is called."""
+    calls, function = [], getattr(kernel, method)
+
+    def counted(*args, **keywords):
+        calls.append(1)
+        return function(*args, **keywords)
+
+    monkeypatch.setattr(kernel, method, staticmethod(counted))
+    return calls
+
+
+def mlp(x, up, b, down, c):
+    return fused("mlp", by_ops, x, up, b, down, c, activation="gelu_tanh")
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths, lengths, lengths, lengths, st.sets(st.integers(0, 4)), teams, seeds)
+def test_mlp(rows, k, m, n, frozen, team, seed):
+    arrays = normal(seed, (2, rows, k), (m, k), (m,), (n, m), (n,))
+
+    check("mlp", mlp, *arrays, frozen=frozen, team=team)
+
+
+def test_a_feed_forward_runs_as_one_kernel_unless_its_layers_are_others(monkeypatch):
+    calls = used(monkeypatch, backend.CPU.fused["mlp"])
+    layer, x = FeedForward(4), Tensor(np.ones((2, 3, 4), np.float32))
+    layer(x)
+    assert len(calls) == 1
+    with backend.using(backend.reading("off:mlp")):
+        layer(x)
+    layer.to("bfloat16")(x.bfloat16())
+    assert len(calls) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths, lengths, st.integers(1, 12), st.sets(st.integers(0, 1)), st.data(), teams, seeds)
+def test_linear_cross_entropy(n, c, V, frozen, data, team, seed):
+    targets = np.array(data.draw(st.lists(st.integers(-1, V - 1), min_size=n, max_size=n)))
+    assume((targets >= 0).any())
+
+    def head(h, w):
+        return F.linear_cross_entropy(h, w, targets, ignore_index=-1)
+
+    h, w = normal(seed, (n, c), (V, c))
+    check("linear_cross_entropy", head, 5 * h, w, frozen=frozen, team=team)
+    with no_grad(), threads.team(team):  # without gradients, other arrays
+        alone, together = (head(Tensor(h), Tensor(w)).item() for _ in range(2))
+        with backend.using(backend.MATHS):
+            assert alone == together == pytest.approx(head(Tensor(h), Tensor(w)).item(), rel=1e-12)
+
+
+def test_the_logits_are_in_memory_once_and_without_gradients_only_some(monkeypatch):
+    monkeypatch.setattr(loss, "_ROWS", 64)
+    n, c, V = 512, 4, 3000
+    h, w = (Tensor(a.astype(np.float32), True) for a in normal(0, (n, c), (V, c)))
+    targets, logits = np.arange(n), 4 * n * V
+
+    def peak(function):
+        function()
+        tracemalloc.start()
+        function()
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    def without():
+        with no_grad():
+            F.linear_cross_entropy(h, w, targets)
+
+    assert logits < peak(lambda: F.linear_cross_entropy(h, w, targets).backward()) < 1.2 * logits
+    assert peak(without) < 0.2 * logits
+
+
+def test_targets_are_checked_and_none_that_counts_gives_nan():
+    h, w = (Tensor(a.astype(np.float32)) for a in normal(0, (3, 4), (5, 4)))
+    with pytest.raises(IndexError, match="linear_cross_entropy: target"):
+        F.linear_cross_entropy(h, w, np.array([0, 5, 1]))
+    with np.errstate(all="ignore"):
+        assert np.isnan(F.linear_cross_entropy(h, w, np.full(3, -100)).item())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 40), st.sampled_from([1, 2, 4]), st.booleans(), teams, seeds
+)
+def test_self_attention(batch, T, heads, causal, team, seed):
+    C = 4 * heads
+
+    def attend(qkv):
+        layer = MultiHeadAttention(C, C, T, n_heads=heads, causal=causal)
+        layer.qkv, layer.out_proj = (lambda x: x), (lambda y: y)
+        return layer(qkv)
+
+    (qkv,) = normal(seed, (batch, T, 3 * C))
+    check("self_attention", attend, qkv, team=team)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(250, 300), teams, seeds)
+def test_self_attention_of_long_sequences_keeps_no_probabilities(T, team, seed):
+    check_long = MultiHeadAttention(4, 4, T, n_heads=1)
+    check_long.qkv, check_long.out_proj = (lambda x: x), (lambda y: y)
+    (qkv,) = normal(seed, (1, T, 12))
+    check("self_attention", check_long, qkv, team=team)
+    kernel = backend.CPU.fused["self_attention"]
+    _, saved = kernel.forward(qkv, heads=1, causal=True)
+    kept = [E for of_heads in saved for _, _, E in of_heads if E is not None]
+    assert bool(kept) == (T <= attention._KEPT)
+
+
+@pytest.mark.parametrize("name", ["mlp", "linear_cross_entropy"])
+def test_the_same_team_gives_the_same_bits(name):
+    x, w, v = normal(1, (50, 30), (40, 30), (30, 40))
+
+    def run(x, w, v):
+        if name == "mlp":
+            return mlp(x, w, Tensor(np.zeros(40)), v, Tensor(np.zeros(30)))
+        return F.linear_cross_entropy(x, w, np.arange(50) % 40) + 0 * v.sum()
+
+    tensors = [Tensor(a, requires_grad=True) for a in (x, w, v)]
+    first, *more = (computed(run, tensors, backend.CPU, 3, np.float32) for _ in range(5))
+    for again in more:
+        assert all(map(np.array_equal, first, again))

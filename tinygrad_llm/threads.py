@@ -1,0 +1,106 @@
+"""Several threads for NumPy: BLAS has them for its products, or a team has them for pieces of work.
+
+Python runs one thread at a time, but NumPy lets the others go on while it computes. So a kernel can
+`share` its blocks out among a team. BLAS itself gets one thread then: after a product its own
+threads stay awake for a while, in the way of the team's. It never chooses a number by itself, from
+the machine or OPENBLAS_NUM_THREADS: other sums of the same numbers would have other last bits.
+"""
+
+import contextlib
+import contextvars
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
+from typing import Any
+
+from threadpoolctl import ThreadpoolController
+
+
+class _Here(threading.local):
+    team = 1  # threads that share() has, when called in this thread
+
+
+_here = _Here()
+
+
+def default_threads() -> int:
+    """As many as this process has cores, up to 4: Python's own work is not shared out."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores or 1, 4)
+
+
+def blas() -> str:
+    """What multiplies NumPy's matrices, and for which processor: "openblas 0.3.30 Haswell"."""
+    found = _libraries().select(user_api="blas").info()
+    names = ("internal_api", "version", "architecture")
+    return ", ".join(" ".join(str(one.get(name)) for name in names) for one in found) or "unknown"
+
+
+def blas_threads(n: int) -> AbstractContextManager:
+    """In the block BLAS has n threads, whatever it had before."""
+    return _libraries().limit(limits=n, user_api="blas")
+
+
+@contextlib.contextmanager
+def team(n: int) -> Iterator[None]:
+    """In the block, share() has n threads, this one among them, and BLAS has one."""
+    before = _here.team
+    with blas_threads(1):
+        _here.team = n
+        try:
+            yield
+        finally:
+            _here.team = before
+
+
+def size() -> int:
+    """How many threads share() has here: 1 outside of team(), and in what is being shared out."""
+    return _here.team
+
+
+def share(function: Callable, items: Iterable) -> list[Any]:
+    """[function(item) for item in items], each by the thread of the team that is free next: one
+    that the system wakes late then does less.
+
+    What an item gives must not depend on who computes it, nor when: so the same items give the same
+    bits, whatever the team. NumPy's settings (np.errstate) are those of the caller.
+    """
+    items = list(items)
+    n = min(_here.team, len(items))
+    if n <= 1:
+        return [function(item) for item in items]
+    results, places = [None] * len(items), iter(range(len(items)))
+
+    def run():
+        before, _here.team = _here.team, 1
+        try:
+            for i in places:  # whose next() is one step of Python: no two threads get the same
+                results[i] = function(items[i])
+        finally:
+            _here.team = before
+
+    others = [_pool(n - 1).submit(contextvars.copy_context().run, run) for _ in range(n - 1)]
+    try:
+        run()
+    finally:
+        wait(others)
+    for other in others:
+        other.result()  # raises what was raised there
+    return results
+
+
+@functools.cache
+def _libraries():
+    return ThreadpoolController()
+
+
+@functools.cache
+def _pool(n):
+    return ThreadPoolExecutor(n, "team")
+
+
+if hasattr(os, "register_at_fork"):  # a forked child has this thread only
+    os.register_at_fork(after_in_child=_pool.cache_clear)
