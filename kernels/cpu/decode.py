@@ -17,7 +17,8 @@ class block:
     """h = x + W_o attention(W_qkv norm1(x)),  y = h + W_down gelu(W_up norm2(h))
 
     x (B, 1, C) -> (B, 1, C). keys, values (B, H, n, D): of each head, the first `length` are those
-    of the tokens before; the new token's are written behind them.
+    of the tokens before; the new token's are written behind them. There is no vjp: a cache keeps no
+    gradients.
 
     norm1, norm2            gain and shift of a layer norm, (C,) and (C,)
     qkv, out, up, down      weight and bias, or None, of a linear layer
