@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tinygrad_llm.kernels.cpu._few_rows import FEW, product
 
 from tinygrad_llm import Tensor, backend, no_grad, tensor
 from tinygrad_llm.gpt import GPT, GPTConfig
-from tinygrad_llm.kernels.cpu._few_rows import FEW, product
 from tinygrad_llm.nn import (
     GELU,
     LayerCache,
