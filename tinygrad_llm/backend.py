@@ -238,13 +238,18 @@ def run_fused(name, definition, *arrays, **attributes):
     """What the fused kernel of that name makes of arrays of one device, without gradients; where
     there is none, or where it refuses them, which is counted, definition(*arrays, **attributes).
     """
-    kernel = current.reading.on(of(arrays[0])).fused.get(name)
+    kernel = fused_kernel(name, arrays[0])
     if kernel is not None:
         try:
             return kernel.forward(*arrays, **attributes)[0]
         except (TypeError, ValueError) as error:  # before anything was launched
             refusals[name, str(error)] += 1
     return definition(*arrays, **attributes)
+
+
+def fused_kernel(name, array):
+    """The fused kernel of that name for an array of its device, or None."""
+    return current.reading.on(of(array)).fused.get(name)
 
 
 def kernel_module(device, name):
@@ -308,6 +313,7 @@ FUSED = (
     "seeded_dropout",
     "linear_cross_entropy",
     "append",
+    "block",
     "decode",
     "lora",
 )  # kernels for several ops: tensor.fused, run_fused

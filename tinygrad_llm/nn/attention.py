@@ -9,9 +9,10 @@ from itertools import pairwise
 import numpy as np
 
 from .. import functional as F  # noqa: N812 (PyTorch's name for it)
+from ..backend import fused_kernel
 from ..device import of
 from ..random import Generator, or_default
-from ..tensor import Tensor, fused
+from ..tensor import Tensor, fused, is_grad_enabled
 from .cache import LayerCache, StaticLayerCache
 from .init import no_init
 from .layers import (
@@ -293,5 +294,46 @@ class TransformerBlock(Module):
         segments: np.ndarray | None = None,
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C); the others as in MultiHeadAttention."""
+        if type(cache) is LayerCache and x.shape[-2] == 1 and segments is None:
+            y = self._next(x, mask, cache)
+            if y is not None:
+                return y
         x = x + self.drop(self.att(self.norm1(x), mask, cache, segments))  # (B, T, C)
         return x + self.drop(self.ff(self.norm2(x)))  # (B, T, C)
+
+    def _next(self, x, mask, cache):
+        """The same for one further token of each row, (B, 1, C), by the kernel of a whole block;
+        None where there is none that takes it, or where other layers have been put in.
+        """
+        kernel, att, ff = fused_kernel("block", x.data), self.att, self.ff
+        if kernel is None or is_grad_enabled() or not self._is_plain(cache.length + 1):
+            return None
+        layers = self.norm1, att.qkv, att.out_proj, self.norm2, ff.up, ff.down
+        weights = [(a.weight.data, None if a.bias is None else a.bias.data) for a in layers]
+        given = x.data, cache.keys, cache.values, *weights
+        eps = self.norm1.eps, self.norm2.eps
+        attributes = {"length": cache.length, "mask": mask, "eps": eps}
+        if not kernel.accepts(*given, **attributes):
+            return None
+        y, _ = kernel.forward(*given, **attributes)
+        cache.length += 1
+        return Tensor(y)
+
+    def _is_plain(self, S):
+        """Whether each part is as GPT-2 has it, none drops anything, and all S tokens are seen."""
+        att, ff = self.att, self.ff
+        linear = att.qkv, att.out_proj, ff.up, ff.down
+        return (
+            type(att) is MultiHeadAttention
+            and type(ff) is FeedForward
+            and type(self.norm1) is type(self.norm2) is LayerNorm
+            and all(type(layer) is Linear for layer in linear)
+            and type(ff.gelu) is GELU
+            and ff.gelu.approximate == "tanh"
+            and att.rope is None
+            and att.causal
+            and att.n_kv_heads == att.n_heads
+            and att.window >= S
+            and not (att.training and att.dropout)
+            and not (self.drop.training and self.drop.p)
+        )
