@@ -21,6 +21,7 @@ from threadpoolctl import ThreadpoolController
 
 class _Here(threading.local):
     team = 1  # threads that share() has, when called in this thread
+    active = 1  # threads that compute at the same time, this one among them
 
 
 _here = _Here()
@@ -47,18 +48,20 @@ def blas_threads(n: int) -> AbstractContextManager:
 @contextlib.contextmanager
 def team(n: int) -> Iterator[None]:
     """In the block, share() has n threads, this one among them, and BLAS has one."""
-    before = _here.team
-    with blas_threads(1):
-        _here.team = n
-        try:
-            yield
-        finally:
-            _here.team = before
+    with blas_threads(1), _counting(n, n):
+        yield
 
 
 def size() -> int:
     """How many threads share() has here: 1 outside of team(), and in what is being shared out."""
     return _here.team
+
+
+def active() -> int:
+    """How many threads compute at the same time, this one among them. Each call of NumPy ends with
+    a wait for Python, which another one has: so where there are several, calls should be long.
+    """
+    return _here.active
 
 
 def share(function: Callable, items: Iterable) -> list[Any]:
@@ -75,12 +78,9 @@ def share(function: Callable, items: Iterable) -> list[Any]:
     results, places = [None] * len(items), iter(range(len(items)))
 
     def run():
-        before, _here.team = _here.team, 1
-        try:
+        with _counting(1, n):
             for i in places:  # whose next() is one step of Python: no two threads get the same
                 results[i] = function(items[i])
-        finally:
-            _here.team = before
 
     others = [_pool(n - 1).submit(contextvars.copy_context().run, run) for _ in range(n - 1)]
     try:
@@ -90,6 +90,16 @@ def share(function: Callable, items: Iterable) -> list[Any]:
     for other in others:
         other.result()  # raises what was raised there
     return results
+
+
+@contextlib.contextmanager
+def _counting(team, active):
+    before = _here.team, _here.active
+    _here.team, _here.active = team, active
+    try:
+        yield
+    finally:
+        _here.team, _here.active = before
 
 
 @functools.cache

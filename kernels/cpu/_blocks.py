@@ -22,6 +22,19 @@ def blocks(n, size=SIZE):
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
+def in_cache(n, length=1):
+    """Slices that cover range(n) rows of that length, a block each; and if a team will share them
+    out, as many for each thread. Where several threads compute, blocks are larger, as calls of
+    NumPy should be: see threads.active.
+    """
+    block = SIZE if threads.active() == 1 else 4 * SIZE
+    team, count = threads.size(), n * length // block
+    if n * length <= 2 * SIZE:
+        return blocks(n, max(1, n))
+    count = max(1, count // team) * team
+    return blocks(n, -(-n // count))
+
+
 def shares(n, multiplications, most=None):
     """Slices that cover range(n), one for each thread of the team; a single one where there is too
     little to do. most: no slice is longer.

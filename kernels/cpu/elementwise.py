@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from ...threads import share
-from ._blocks import SIZE, blocks, flat
+from ._blocks import flat, in_cache
 
 KERNELS = ("gelu_tanh",)
 
@@ -32,7 +32,7 @@ class gelu_tanh:
             yi *= 0.5
             yi *= xi
 
-        share(block, blocks(x.size))
+        share(block, in_cache(x.size))
         return y.reshape(x.shape), t
 
     @staticmethod
@@ -53,7 +53,7 @@ class gelu_tanh:
             d *= 0.5
             d *= g_[i]
 
-        share(block, blocks(x.size))
+        share(block, in_cache(x.size))
         return (x_bar.reshape(x.shape),)
 
     @staticmethod
@@ -64,8 +64,9 @@ class gelu_tanh:
 def gelu_and_slope(x, y):
     """y = gelu_tanh(x), and x becomes the derivative; both contiguous, of one shape."""
     x, y = x.reshape(-1), y.reshape(-1)
-    s, q = np.empty((2, min(len(x), SIZE // 2)), x.dtype)
-    for i in blocks(len(x), SIZE // 2):
+    parts = in_cache(len(x))
+    s, q = np.empty((2, max(i.stop - i.start for i in parts)), x.dtype)
+    for i in parts:
         xi, t = x[i], y[i]
         si, qi = s[: len(xi)], q[: len(xi)]
         np.multiply(xi, xi, out=si)

@@ -10,6 +10,7 @@ import numpy as np
 
 from ...threads import share
 from ._blocks import shares
+from ._few_rows import product
 from .elementwise import gelu_and_slope
 
 KERNELS = ("linear",)
@@ -95,7 +96,7 @@ def multiplies(x, *others):
 
 def affine(x, w, b, y):
     """y = x wᵀ + b, for some rows."""
-    np.matmul(x, w.T, out=y)
+    product(x, w, y)
     if b is not None:
         y += b
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ...threads import share
-from ._blocks import SIZE, blocks, mean_last, mean_product, row_by_row, sum_rows
+from ._blocks import in_cache, mean_last, mean_product, row_by_row, sum_rows
 
 KERNELS = ("layer_norm", "rms_norm")
 
@@ -43,7 +43,7 @@ class layer_norm:
                 c += b
             return far
 
-        far = any(share(block, blocks(len(rows), max(1, SIZE // n))))
+        far = any(share(block, in_cache(len(rows), n)))
         return y.reshape(x.shape), (mu, left if far else None, r)
 
     @staticmethod
@@ -68,7 +68,7 @@ class layer_norm:
                 u *= r[i]
             return w_bar, sum_rows(g[i])
 
-        w_bar, b_bar = map(sum, zip(*share(block, blocks(len(rows), max(1, SIZE // n)))))
+        w_bar, b_bar = map(sum, zip(*share(block, in_cache(len(rows), n))))
         return x_bar.reshape(x.shape), w_bar if needs[1] else None, b_bar if needs[2] else None
 
     @staticmethod

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ...threads import share
-from ._blocks import SIZE, blocks, is_moderate, row_by_row, softmax_into
+from ._blocks import in_cache, is_moderate, row_by_row, softmax_into
 
 KERNELS = ("softmax",)
 
@@ -20,7 +20,7 @@ class softmax:
             with row_by_row(len(rows), n):
                 softmax_into(y[i], rows[i], is_moderate(rows[i]))
 
-        share(block, blocks(len(y), max(1, SIZE // n)))
+        share(block, in_cache(len(y), n))
         return y.reshape(x.shape), None
 
     @staticmethod
@@ -33,7 +33,7 @@ class softmax:
                 np.subtract(g[i], np.vecdot(g[i], y[i])[:, None], out=x_bar[i])
                 x_bar[i] *= y[i]
 
-        share(block, blocks(len(y), max(1, SIZE // n)))
+        share(block, in_cache(len(y), n))
         return (x_bar.reshape(x.shape),)
 
     @staticmethod

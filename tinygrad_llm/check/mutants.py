@@ -619,7 +619,7 @@ _KERNELS = {
     ),
     "kernel attention.accepts": (("a mask is accepted and ignored", "M is True and ", ""),),
     "kernel gelu_tanh.vjp": (
-        ("only the first block is computed", "blocks(x.size)", "blocks(x.size)[:1]"),
+        ("only the first block is computed", "in_cache(x.size)", "in_cache(x.size)[:1]"),
         ("0.0447 for 0.044715", "d *= 3 * 0.044715", "d *= 3 * 0.0447"),
         ("the saved tanh is overwritten", "d += ti\n        d += 1", "ti += 1\n        d += ti"),
         ("the memory's order, not the elements'", "flat(g)", "g.ravel('K')"),
