@@ -84,7 +84,7 @@ _PARTS = {
     "clip": {"clipping"},
     "optimizer": {"AdamW"},
     "mlp": {"matrix products", "GELU"},
-    "self_attention": {"matrix products", "attention"},
+    "self_attention": {"attention"},
     "linear_cross_entropy": {"matrix products", "cross-entropy"},
 }
 

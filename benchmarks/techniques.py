@@ -62,18 +62,17 @@ def pairs(size: Size, threads: int) -> list[Pair]:
     p, g = normal(2, size.P)
     state = [(p.copy(), np.zeros_like(p), np.zeros_like(p)) for _ in range(2)]
     pool, blas = ThreadPoolExecutor(threads), ThreadpoolController()
-    ends = np.linspace(0, size.N, threads + 1).astype(int)
-    shares = [slice(start, end) for start, end in itertools.pairwise(ends)]
+    shares = _cut(size.N, threads)
 
-    def on_each(work):
-        """work(rows) on a thread for each part of the tokens, BLAS with one thread each."""
+    def on_each(work, parts=None):
+        """work(part) on a thread for each, by default parts of the tokens; BLAS with one thread."""
         with blas.limit(limits=1, user_api="blas"):
-            list(pool.map(work, shares))
+            list(pool.map(work, shares if parts is None else parts))
 
     layer = np.empty_like(h)
 
-    def gelu_of(array, rows):
-        gelu_in_blocks(array[rows].reshape(-1), y.reshape(h.shape)[rows].reshape(-1))
+    def gelu_of(array, rows):  # in longer calls: see below
+        gelu_in_blocks(array[rows].reshape(-1), y.reshape(h.shape)[rows].reshape(-1), 4 * BLOCK)
 
     def a_layer():
         np.matmul(x, w.T, out=layer)
@@ -90,6 +89,32 @@ def pairs(size: Size, threads: int) -> list[Pair]:
     def gelu_shared_out():
         on_each(lambda rows: gelu_of(h, rows))
         return y
+
+    def normalised(rows_at_a_time):
+        def work(rows):
+            for start in range(rows.start, rows.stop, rows_at_a_time):
+                part = slice(start, min(start + rows_at_a_time, rows.stop))
+                normalise(x[part], normal_x[part])
+
+        on_each(work)
+        return normal_x
+
+    normal_x, w_bars = np.empty_like(x), np.empty((threads, *w.shape), np.float32)
+    columns = _cut(size.inner, threads)
+
+    def w_bar_of_rows():
+        def work(i):
+            np.matmul(h[shares[i]].T, x[shares[i]], out=w_bars[i])
+
+        on_each(work, range(threads))
+        return np.sum(w_bars, axis=0)
+
+    def w_bar_by_rows():
+        def work(part):
+            np.matmul(h[:, part].T, x, out=w_bars[0][part])
+
+        on_each(work, columns)
+        return w_bars[0]
 
     def fresh():
         return [np.add(h, 1) for _ in range(8)][-1]
@@ -136,7 +161,27 @@ def pairs(size: Size, threads: int) -> list[Pair]:
             a_layer,
             a_layer_shared_out,
         ),
+        Pair(
+            "a layer's gradient in parts, not twice and added",
+            w_bar_of_rows,
+            w_bar_by_rows,
+        ),
+        Pair(
+            f"on {threads} threads, longer calls",
+            lambda: normalised(32),
+            lambda: normalised(size.N),
+        ),
+        Pair(
+            "8 rows: the matrix first",
+            lambda: x[:8] @ w.T,
+            lambda: (w @ x[:8].T).T,
+        ),
     ]
+
+
+def _cut(n, parts):
+    """Slices that cover range(n)."""
+    return [slice(*ends) for ends in itertools.pairwise(np.linspace(0, n, parts + 1).astype(int))]
 
 
 def measure(size: str, method: Method, threads: int) -> tuple[dict, Table]:
@@ -183,10 +228,10 @@ def gelu_in_place(x, y, t):
     return y
 
 
-def gelu_in_blocks(x, y):
-    t = np.empty(min(BLOCK, len(x)), x.dtype)
-    for start in range(0, len(x), BLOCK):
-        part = slice(start, min(start + BLOCK, len(x)))
+def gelu_in_blocks(x, y, block=BLOCK):
+    t = np.empty(min(block, len(x)), x.dtype)
+    for start in range(0, len(x), block):
+        part = slice(start, min(start + block, len(x)))
         gelu_in_place(x[part], y[part], t[: part.stop - start])
     return y
 
@@ -200,6 +245,13 @@ def moments_by_blas(x):
     mean = x @ np.ones(n, x.dtype) / n
     centred = x - mean[:, None]
     return np.stack([mean, np.vecdot(centred, centred) / n])
+
+
+def normalise(x, y):
+    n = x.shape[-1]
+    np.subtract(x, (x @ np.ones(n, x.dtype) / n)[:, None], out=y)
+    y *= 1 / np.sqrt(np.vecdot(y, y) / n + 1e-5)[:, None]
+    return y
 
 
 def attend(q, k, v, block):

@@ -134,7 +134,7 @@ def test_techniques(monkeypatch):
     """What is timed must be the same work, also when threads share it out."""
     for threads in (1, 2):
         data, table = techniques.measure("tiny", Method(rounds=1, seconds=0.0), threads)
-        assert len(table.rows) == len(data) == 12
+        assert len(table.rows) == len(data) == 15
         assert all(found["gain"]["median"] > 0 for found in data.values())
     monkeypatch.setattr(techniques, "moments_by_blas", lambda x: 1.001 * techniques.moments(x))
     with pytest.raises(ValueError, match="mean and variance by BLAS: the results differ"):

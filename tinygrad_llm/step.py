@@ -75,7 +75,7 @@ class _Step:
 
 
 class HostStep(_Step):
-    """On the CPU, its rows shared out among threads; or on a GPU whose kernels are switched off."""
+    """On the CPU, with several threads; or on a GPU whose kernels are switched off."""
 
     def start(self, batch: Batch, lr: float) -> None:
         """Does it all, unless the loss or the gradient is not finite: then no weight is changed.

@@ -49,8 +49,7 @@ class TrainSettings:
                     stops, its weights kept beside the last ones; None: it never does
     recompute       compute activations again in backward instead of keeping them
     seed            of the order in which windows are drawn
-    threads         that share out the rows of a batch, or, where they cannot (one row, dropout),
-                    BLAS's; the same number repeats a run bit for bit
+    threads         that share out each step; the same number repeats a run bit for bit
     """
 
     steps: int
