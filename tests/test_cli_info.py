@@ -6,8 +6,10 @@ import tracemalloc
 import numpy as np
 import pytest
 from test_cli import call, run
+from tinygrad_llm.kernels.cpu import attention
 
 from tinygrad_llm.checkpoint import save_model
+from tinygrad_llm.cli import memory
 from tinygrad_llm.cli.info import in_bytes, kept_numbers
 from tinygrad_llm.gpt import GPT, GPTConfig
 from tinygrad_llm.random import Generator
@@ -64,6 +66,10 @@ def test_a_model_is_not_loaded(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = run("info", "--model", tmp_path)
     assert found.returncode == 0 and f"{8 * rows:,}" in found.stdout
+
+
+def test_what_attention_keeps_is_known_here():
+    assert (memory.QUERIES, memory.SHORT) == (attention._QUERIES, attention._KEPT)
 
 
 @pytest.mark.parametrize(

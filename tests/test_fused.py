@@ -2,7 +2,9 @@
 last digits, and to those of float32, whatever the team of threads.
 """
 
+import sys
 import tracemalloc
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tinygrad_llm.kernels.cpu import _blocks, attention, loss
 
-from tinygrad_llm import backend, threads
+from tinygrad_llm import backend, nn, threads
 from tinygrad_llm import functional as F  # noqa: N812
+from tinygrad_llm.check.mutants import Mutant
 from tinygrad_llm.nn import FeedForward, MultiHeadAttention
 from tinygrad_llm.nn.attention import _mlp as by_ops
 from tinygrad_llm.tensor import Tensor, fused, grad, no_grad
@@ -25,6 +28,7 @@ teams = st.sampled_from([1, 2, 3])
 def small_pieces(monkeypatch):
     """Everything is shared out, and nothing is done in one piece: as with large arrays."""
     monkeypatch.setattr(_blocks, "_WORTH", 0)
+    monkeypatch.setattr(_blocks, "SIZE", 4)
     monkeypatch.setattr(loss, "_ROWS", 3)
     monkeypatch.setattr(loss, "SIZE", 8)
     monkeypatch.setattr(attention, "_QUERIES", 2)
@@ -35,42 +39,49 @@ def computed(function, tensors, reading, team, dtype):
     xs = [Tensor(x.data.astype(dtype), requires_grad=x.requires_grad) for x in tensors]
     with backend.using(reading), threads.team(team):
         y = function(*xs)
-        g = np.cos(np.arange(y.data.size)).reshape(y.shape).astype(dtype)
+        g = np.cos(1 + np.arange(y.data.size)).reshape(y.shape).astype(dtype)
         wanted = [x for x in xs if x.requires_grad]
-        return [y.data, *(each.data for each in grad(y, wanted, Tensor(g)))]
+        first, again = (grad(y, wanted, Tensor(g), retain_graph=True) for _ in range(2))
+        assert all(np.array_equal(a.data, b.data, equal_nan=True) for a, b in zip(first, again))
+        return [y.data, *(each.data for each in first)]
+
+
+def watched(name):
+    """A reading in which calls of a kernel's functions are counted, and the counter."""
+    kernel, calls = backend.CPU.fused[name], Counter()
+
+    def counted(function, which):
+        def run(*args, **keywords):
+            calls[which] += 1
+            return function(*args, **keywords)
+
+        return staticmethod(run)
+
+    both = {which: counted(getattr(kernel, which), which) for which in ("forward", "vjp")}
+    fused = {**backend.CPU.fused, name: type(name, (kernel,), both)}
+    return backend.Reading(backend.CPU.space, backend.CPU.kernels, fused=fused), calls
 
 
 def check(name, function, *arrays, frozen=(), team):
     """`function` by the kernel of that name, and by ops."""
-    assert name in backend.CPU.fused
+    reading, calls = watched(name)
     tensors = [Tensor(a, requires_grad=i not in frozen) for i, a in enumerate(arrays)]
     assume(any(x.requires_grad for x in tensors))
     exact = computed(function, tensors, backend.MATHS, 1, np.float64)
     for dtype, digits in ((np.float64, 1e-12), (np.float32, 1e-4)):
         before = [x.data.copy() for x in tensors]
-        found = computed(function, tensors, backend.CPU, team, dtype)
+        found = computed(function, tensors, reading, team, dtype)
         assert all(map(np.array_equal, before, (x.data for x in tensors)))
         for a, b in zip(found, exact, strict=True):
             assert a.dtype == dtype
             assert a.shape == b.shape
             np.testing.assert_allclose(a, b, rtol=digits, atol=digits * (np.abs(b).max() + 0.02))
+    assert calls == {"forward": 2, "vjp": 4}, f"no kernel: {backend.refusals}"
 
 
 def normal(seed, *shapes):
     generator = np.random.default_rng(seed)
     return [generator.standard_normal(shape) for shape in shapes]
-
-
-def used(monkeypatch, kernel, method="forward"):
-    """A list that grows whenever the kernel's method is called."""
-    calls, function = [], getattr(kernel, method)
-
-    def counted(*args, **keywords):
-        calls.append(1)
-        return function(*args, **keywords)
-
-    monkeypatch.setattr(kernel, method, staticmethod(counted))
-    return calls
 
 
 def mlp(x, up, b, down, c):
@@ -85,15 +96,27 @@ def test_mlp(rows, k, m, n, frozen, team, seed):
     check("mlp", mlp, *arrays, frozen=frozen, team=team)
 
 
-def test_a_feed_forward_runs_as_one_kernel_unless_its_layers_are_others(monkeypatch):
-    calls = used(monkeypatch, backend.CPU.fused["mlp"])
-    layer, x = FeedForward(4), Tensor(np.ones((2, 3, 4), np.float32))
-    layer(x)
-    assert len(calls) == 1
-    with backend.using(backend.reading("off:mlp")):
-        layer(x)
-    layer.to("bfloat16")(x.bfloat16())
-    assert len(calls) == 1
+class Doubled(nn.GELU):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_feed_forward_runs_as_one_kernel_unless_something_else_was_put_in():
+    reading, calls = watched("mlp")
+    x = Tensor(np.ones((2, 3, 4), np.float32))
+    with backend.using(reading):
+        FeedForward(4)(x)
+        assert calls["forward"] == 1
+        for name, other in [
+            ("gelu", Doubled("tanh")), ("gelu", nn.SiLU()), ("gelu", nn.GELU()),
+            ("up", nn.Sequential(nn.Linear(4, 16))),
+        ]:  # fmt: skip
+            layer = FeedForward(4)
+            setattr(layer, name, other)
+            expected = layer.down(layer.gelu(layer.up(x)))
+            assert np.array_equal(layer(x).data, expected.data)
+        FeedForward(4).to("bfloat16")(x.bfloat16())
+        assert calls["forward"] == 1
 
 
 @settings(max_examples=60, deadline=None)
@@ -185,3 +208,46 @@ def test_the_same_team_gives_the_same_bits(name):
     first, *more = (computed(run, tensors, backend.CPU, 3, np.float32) for _ in range(5))
     for again in more:
         assert all(map(np.array_equal, first, again))
+
+
+# --- planted bugs ---------------------------------------------------------------------------------
+
+PLANTED = [
+    Mutant("the slope is overwritten", "mlp.vjp", "a_bar[i] *= slope[i]",
+           "a_bar[i] = np.multiply(slope[i], a_bar[i], out=slope[i])"),
+    Mutant("the slope is forgotten", "mlp.vjp", "a_bar[i] *= slope[i]", "pass"),
+    Mutant("ū and d̄own are exchanged", "mlp.vjp", "weight_gradients(g, h, down_bar",
+           "weight_gradients(g, a_bar, down_bar"),
+    Mutant("only the first block", "mlp.gelu_and_slope", "for i in parts:", "for i in parts[:1]:"),
+    Mutant("X̄ is overwritten", "linear_cross_entropy.vjp", "h * g, w_bar",
+           "h * np.multiply(g, saved, out=saved).dtype.type(g), w_bar"),
+    Mutant("h̄ is not scaled", "linear_cross_entropy.vjp", "h_bar *= g", "pass"),
+    Mutant("ignored rows count", "linear_cross_entropy._loss_and_gradient", "x[~counts] = 0",
+           "pass"),
+    Mutant("only a block of each thread's rows", "linear_cross_entropy.forward",
+           "in _blocks_of(x)", "in _blocks_of(x)[:1]"),
+    Mutant("q̄ and k̄ are exchanged", "self_attention.vjp", "_parts(qkv_bar, heads)",
+           "[_parts(qkv_bar, heads)[i] for i in (1, 0, 2)]"),
+    Mutant("heads are not put side by side", "self_attention.forward", "swapaxes(-3, -2)",
+           "swapaxes(-2, -2)"),
+]  # fmt: skip
+PROPERTIES = {
+    "mlp": test_mlp,
+    "linear_cross_entropy": test_linear_cross_entropy,
+    "self_attention": test_self_attention,
+}
+
+
+@pytest.mark.parametrize("mutant", PLANTED, ids=str)
+def test_a_planted_bug_is_found(mutant, monkeypatch):
+    name, _, function = mutant.where.partition(".")
+    kernel = backend.CPU.fused[name]
+    if hasattr(kernel, function):
+        monkeypatch.setattr(
+            kernel, function, staticmethod(mutant.rewritten(getattr(kernel, function)))
+        )
+    else:
+        module = sys.modules[kernel.__module__]
+        monkeypatch.setattr(module, function, mutant.rewritten(getattr(module, function)))
+    with pytest.raises(AssertionError):
+        PROPERTIES[name]()

@@ -253,6 +253,7 @@ def linear_cross_entropy(x, weight, targets, ignore_index=-100):
 
     x (..., C), weight (V, C), targets (...) -> a scalar. IndexError as in cross_entropy.
     """
+    x, weight = _tensor(x), _tensor(weight)
     ids = _integers(targets, "linear_cross_entropy", x)
     if x.shape[:-1] != ids.shape:
         raise ValueError(

@@ -11,9 +11,9 @@ import contextvars
 import functools
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
 from typing import Any
 
 from threadpoolctl import ThreadpoolController
@@ -40,15 +40,14 @@ def blas() -> str:
     return ", ".join(" ".join(str(one.get(name)) for name in names) for one in found) or "unknown"
 
 
-def blas_threads(n: int) -> AbstractContextManager:
-    """In the block BLAS has n threads, whatever it had before."""
-    return _libraries().limit(limits=n, user_api="blas")
-
-
 @contextlib.contextmanager
 def team(n: int) -> Iterator[None]:
-    """In the block, share() has n threads, this one among them, and BLAS has one."""
-    with blas_threads(1), _counting(n, n):
+    """In the block, share() has n threads, this one among them, and BLAS has one.
+
+    BLAS belongs to the whole process, and its threads to the Python thread that was first to set
+    their number: so let one Python thread open teams.
+    """
+    with _libraries().limit(limits=1, user_api="blas"), _counting(n, n):
         yield
 
 
@@ -68,8 +67,9 @@ def share(function: Callable, items: Iterable) -> list[Any]:
     """[function(item) for item in items], each by the thread of the team that is free next: one
     that the system wakes late then does less.
 
-    What an item gives must not depend on who computes it, nor when: so the same items give the same
-    bits, whatever the team. NumPy's settings (np.errstate) are those of the caller.
+    What an item gives must not depend on who computes it, nor when: then it is the same every time.
+    NumPy's settings (np.errstate) are those of the caller. What one raises is raised here, once the
+    others have stopped; items that nobody has begun are left.
     """
     items = list(items)
     n = min(_here.team, len(items))
@@ -79,13 +79,18 @@ def share(function: Callable, items: Iterable) -> list[Any]:
 
     def run():
         with _counting(1, n):
-            for i in places:  # whose next() is one step of Python: no two threads get the same
-                results[i] = function(items[i])
+            try:
+                for i in places:  # whose next() is one step of Python: no two get the same
+                    results[i] = function(items[i])
+            except BaseException:
+                deque(places, 0)  # takes what is left, so that nobody begins it
+                raise
 
     others = [_pool(n - 1).submit(contextvars.copy_context().run, run) for _ in range(n - 1)]
     try:
         run()
-    finally:
+    finally:  # a thread that has not begun yet has nothing left to do, and may never come
+        others = [other for other in others if not other.cancel()]
         wait(others)
     for other in others:
         other.result()  # raises what was raised there

@@ -27,7 +27,7 @@ def _keep_freed_memory():
     """
     m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # from malloc.h
     mallopt = ctypes.CDLL(None).mallopt
-    mallopt(m_mmap_threshold, 1 << 30)
+    mallopt(m_mmap_threshold, 1 << 30) or mallopt(m_mmap_threshold, 1 << 25)  # what old ones allow
     mallopt(m_trim_threshold, (1 << 31) - 1)
     mallopt(m_top_pad, 64 << 20)
 

@@ -91,11 +91,11 @@ def mean_product(a, b):
     return (np.vecdot(a, b) / a.shape[-1])[..., None]
 
 
-def is_moderate(x):
+def is_moderate(x, limit=30):
     """Whether softmax needs no maxima: e^30 is far from overflow and e^-30 from underflow. To find
     each row's maximum costs more than exp, to find that of all is nothing beside it.
     """
-    return x.max() <= 30 and x.min() >= -30  # not if they are NaN
+    return x.max() <= limit and x.min() >= -limit  # not if they are NaN
 
 
 def softmax_into(y, x, moderate):

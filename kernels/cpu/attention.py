@@ -18,8 +18,8 @@ _KEPT = 128  # queries up to which E is saved: for more, it would outweigh what 
 class attention:
     """y = (D ⊙ P) v,  P = softmax(S),  S = scale q kᵀ, one block of queries after the other
 
-    P = E / s, with E = e^{S - m} and its rows' sums s; m is 0, or where numbers are large, a row's
-    maximum. T × d numbers are divided by s in the place of T × T:
+    P = E / s, with E = e^{S - m} and its rows' sums s; m is 0, or where scores are beyond ±10, a
+    row's maximum. T × d numbers are divided by s in the place of T × T:
 
         y = ((D ⊙ E) v) / s
         S̄ = E ⊙ (D ⊙ ((g / s) vᵀ) - (g · y) / s)
@@ -40,7 +40,7 @@ class attention:
             k_t, saved = _transposed(k[h], q), []
             for i, n in parts:
                 E = (q[h][..., i, :] * scale) @ k_t[..., :n]  # S at first: (..., block, n)
-                moderate = is_moderate(E)  # before anything is hidden
+                moderate = is_moderate(E, 10)  # before anything is hidden
                 _hide(E, causal)
                 m = None if moderate else E.max(axis=-1, keepdims=True)
                 _exponentials(E, m)
@@ -117,8 +117,8 @@ def _hide(S, causal):
     the last key, and each query before it one key less.
     """
     block, n = S.shape[-2:]
-    if causal:
-        S[..., n - block :] += _hidden(block, S.dtype)
+    if causal:  # not by adding -inf, which would make nan of inf: nobody is to see that, either
+        np.copyto(S[..., n - block :], -np.inf, where=_hidden(block))
     return S
 
 
@@ -130,10 +130,9 @@ def _exponentials(S, m):
 
 
 @functools.lru_cache(64)
-def _hidden(n, dtype):
-    """(n, n): -inf above the diagonal, else 0."""
-    hidden = np.zeros((n, n), dtype)
-    hidden[~np.tri(n, dtype=bool)] = -np.inf
+def _hidden(n):
+    """(n, n): True above the diagonal."""
+    hidden = ~np.tri(n, dtype=bool)
     hidden.flags.writeable = False
     return hidden
 

@@ -39,7 +39,7 @@ class linear:
         """Something to multiply, of one dtype throughout, so that in-place sums do not lose
         digits.
         """
-        return multiplies(x, w, b)
+        return is_layer(w, b) and multiplies(x, w, b)
 
 
 class mlp:
@@ -85,13 +85,19 @@ class mlp:
 
     @staticmethod
     def accepts(x, up, b, down, c, *, activation="gelu_tanh"):
-        return activation == "gelu_tanh" and multiplies(x, up, b, down, c)
+        layers = is_layer(up, b) and is_layer(down, c)
+        return activation == "gelu_tanh" and layers and multiplies(x, up, b, down, c)
 
 
 def multiplies(x, *others):
     """Whether there is something to multiply, and all have one dtype, of 32 bits or more."""
     same = all(a is None or getattr(a, "dtype", None) == x.dtype for a in others)
     return same and x.dtype.char in "fd" and x.size > 0 and others[0].size > 0
+
+
+def is_layer(w, b):
+    """Whether these are a weight (m, k) and a bias (m,) or None."""
+    return w.ndim == 2 and (b is None or getattr(b, "shape", None) == w.shape[:1])
 
 
 def affine(x, w, b, y):

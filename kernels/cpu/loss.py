@@ -64,7 +64,8 @@ class cross_entropy:
 
     @staticmethod
     def accepts(x, t, *, ignore_index=-100):
-        return x.dtype.char in "fd" and x.size > 0 and bool(np.any(t != ignore_index))
+        rows = x.ndim == 2 and t.shape == x.shape[:1]
+        return rows and x.dtype.char in "fd" and x.size > 0 and bool(np.any(t != ignore_index))
 
 
 class linear_cross_entropy:
@@ -105,7 +106,8 @@ class linear_cross_entropy:
 
     @staticmethod
     def accepts(h, w, t, *, ignore_index=-100, gradients=True):
-        return multiplies(h, w) and bool(np.any(t != ignore_index))
+        rows = h.ndim == w.ndim == 2 and t.shape == h.shape[:1]
+        return rows and multiplies(h, w) and bool(np.any(t != ignore_index))
 
 
 def _blocks_of(x):

@@ -238,10 +238,15 @@ class FeedForward(Module):
         self.down = Linear(hidden_dim, emb_dim, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not type(self.up) is type(self.down) is Linear or self.gelu.approximate != "tanh":
-            return self._forward(x)  # other layers have been put in
+        if not self.is_plain():
+            return self._forward(x)
         weights = self.up.weight, self.up.bias, self.down.weight, self.down.bias
         return fused("mlp", _mlp, x, *weights, activation="gelu_tanh")
+
+    def is_plain(self) -> bool:
+        """Whether it computes what it was made for: nothing else has been put in."""
+        plain = type(self.up) is type(self.down) is Linear and type(self.gelu) is GELU
+        return plain and self.gelu.approximate == "tanh"
 
     def _forward(self, x):
         h = self.gelu(self.up(x))  # (B, T, 4C)
@@ -308,6 +313,8 @@ class TransformerBlock(Module):
         kernel, att, ff = fused_kernel("block", x.data), self.att, self.ff
         if kernel is None or is_grad_enabled() or not self._is_plain(cache.length + 1):
             return None
+        if cache.keys.shape[1] != att.n_heads:  # append says so
+            return None
         layers = self.norm1, att.qkv, att.out_proj, self.norm2, ff.up, ff.down
         weights = [(a.weight.data, None if a.bias is None else a.bias.data) for a in layers]
         given = x.data, cache.keys, cache.values, *weights
@@ -322,14 +329,12 @@ class TransformerBlock(Module):
     def _is_plain(self, S):
         """Whether each part is as GPT-2 has it, none drops anything, and all S tokens are seen."""
         att, ff = self.att, self.ff
-        linear = att.qkv, att.out_proj, ff.up, ff.down
         return (
             type(att) is MultiHeadAttention
             and type(ff) is FeedForward
+            and ff.is_plain()
             and type(self.norm1) is type(self.norm2) is LayerNorm
-            and all(type(layer) is Linear for layer in linear)
-            and type(ff.gelu) is GELU
-            and ff.gelu.approximate == "tanh"
+            and type(att.qkv) is type(att.out_proj) is Linear
             and att.rope is None
             and att.causal
             and att.n_kv_heads == att.n_heads
