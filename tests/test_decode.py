@@ -171,6 +171,13 @@ def test_what_the_kernel_accepts(what):
     assert BLOCK.accepts(*given.values(), *layers, **attributes) == (what is None)
 
 
+def test_a_cache_for_other_heads_is_refused_as_by_the_ops(calls):
+    cache = LayerCache(1, 2 * HEADS, CONTEXT, C // HEADS // 2)
+    with no_grad(), pytest.raises(ValueError, match="keys of shape"):
+        block("float32")(Tensor(np.ones((1, 1, C), np.float32)), cache=cache)
+    assert not calls
+
+
 def test_where_gradients_are_recorded_it_does_not_run(calls):
     cache = LayerCache(1, HEADS, CONTEXT, C // HEADS)
     with pytest.raises(RuntimeError, match="no_grad"):

@@ -8,7 +8,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from tinygrad_llm.kernels.cpu import _blocks, attention, loss
 
@@ -17,7 +17,8 @@ from tinygrad_llm import functional as F  # noqa: N812
 from tinygrad_llm.check.mutants import Mutant
 from tinygrad_llm.nn import FeedForward, MultiHeadAttention
 from tinygrad_llm.nn.attention import _mlp as by_ops
-from tinygrad_llm.tensor import Tensor, fused, grad, no_grad
+from tinygrad_llm.ops import TABLE
+from tinygrad_llm.tensor import Tensor, apply, fused, grad, no_grad
 
 lengths = st.integers(1, 9)
 seeds = st.integers(0, 2**32 - 1)
@@ -88,8 +89,11 @@ def mlp(x, up, b, down, c):
     return fused("mlp", by_ops, x, up, b, down, c, activation="gelu_tanh")
 
 
+OF_MLP = lengths, lengths, lengths, lengths, st.sets(st.integers(0, 4)), teams, seeds
+
+
 @settings(max_examples=60, deadline=None)
-@given(lengths, lengths, lengths, lengths, st.sets(st.integers(0, 4)), teams, seeds)
+@given(*OF_MLP)
 def test_mlp(rows, k, m, n, frozen, team, seed):
     arrays = normal(seed, (2, rows, k), (m, k), (m,), (n, m), (n,))
 
@@ -119,8 +123,11 @@ def test_a_feed_forward_runs_as_one_kernel_unless_something_else_was_put_in():
         assert calls["forward"] == 1
 
 
+OF_HEAD = lengths, lengths, st.integers(1, 12), st.sets(st.integers(0, 1)), st.data(), teams, seeds
+
+
 @settings(max_examples=60, deadline=None)
-@given(lengths, lengths, st.integers(1, 12), st.sets(st.integers(0, 1)), st.data(), teams, seeds)
+@given(*OF_HEAD)
 def test_linear_cross_entropy(n, c, V, frozen, data, team, seed):
     targets = np.array(data.draw(st.lists(st.integers(-1, V - 1), min_size=n, max_size=n)))
     assume((targets >= 0).any())
@@ -166,10 +173,11 @@ def test_targets_are_checked_and_none_that_counts_gives_nan():
         assert np.isnan(F.linear_cross_entropy(h, w, np.full(3, -100)).item())
 
 
+OF_ATTENTION = lengths, st.integers(1, 40), st.sampled_from([1, 2, 4]), st.booleans(), teams, seeds
+
+
 @settings(max_examples=60, deadline=None)
-@given(
-    st.integers(1, 3), st.integers(1, 40), st.sampled_from([1, 2, 4]), st.booleans(), teams, seeds
-)
+@given(*OF_ATTENTION)
 def test_self_attention(batch, T, heads, causal, team, seed):
     C = 4 * heads
 
@@ -183,16 +191,50 @@ def test_self_attention(batch, T, heads, causal, team, seed):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(250, 300), teams, seeds)
+@given(st.sampled_from([127, 128, 129, 300]), teams, seeds)
 def test_self_attention_of_long_sequences_keeps_no_probabilities(T, team, seed):
-    check_long = MultiHeadAttention(4, 4, T, n_heads=1)
-    check_long.qkv, check_long.out_proj = (lambda x: x), (lambda y: y)
+    attend = MultiHeadAttention(4, 4, T, n_heads=1)
+    attend.qkv, attend.out_proj = (lambda x: x), (lambda y: y)
     (qkv,) = normal(seed, (1, T, 12))
-    check("self_attention", check_long, qkv, team=team)
+    check("self_attention", attend, qkv, team=team)
     kernel = backend.CPU.fused["self_attention"]
     _, saved = kernel.forward(qkv, heads=1, causal=True)
     kept = [E for of_heads in saved for _, _, E in of_heads if E is not None]
     assert bool(kept) == (T <= attention._KEPT)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf, 1e30])
+def test_a_key_that_a_query_may_not_see_changes_nothing(number):
+    T, hidden = 50, 37
+    (qkv,) = normal(2, (1, T, 3, 4))
+    qkv = qkv.astype(np.float32)
+    kernel = backend.CPU.fused["self_attention"]
+
+    def attended():
+        return kernel.forward(qkv.reshape(1, T, 12), heads=1, causal=True)[0][:, :hidden]
+
+    before = attended()
+    qkv[:, hidden:, 1] = number
+    with np.errstate(all="ignore"):
+        np.testing.assert_allclose(attended(), before, rtol=1e-5, atol=1e-6)
+
+
+def test_a_head_takes_arrays_as_its_parts_do():
+    h, w = (a.astype(np.float32) for a in normal(0, (3, 4), (5, 4)))
+    expected = F.cross_entropy(F.linear(h, w), np.arange(3))
+    assert F.linear_cross_entropy(h, w, np.arange(3)).item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("bias", [(1,), (2, 5), ()])
+def test_a_bias_of_another_shape_is_left_to_the_op(bias):
+    x, w, b = (Tensor(a, True) for a in normal(0, (2, 4), (5, 4), bias))
+    found = []
+    for reading in (backend.MATHS, backend.CPU):
+        with backend.using(reading):
+            y = apply(TABLE["linear"], x, w, b)
+            found.append([y.data, *(each.data for each in grad((y * y).sum(), [x, w, b]))])
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["mlp", "linear_cross_entropy"])
@@ -232,9 +274,9 @@ PLANTED = [
            "swapaxes(-2, -2)"),
 ]  # fmt: skip
 PROPERTIES = {
-    "mlp": test_mlp,
-    "linear_cross_entropy": test_linear_cross_entropy,
-    "self_attention": test_self_attention,
+    "mlp": (test_mlp, OF_MLP),
+    "linear_cross_entropy": (test_linear_cross_entropy, OF_HEAD),
+    "self_attention": (test_self_attention, OF_ATTENTION),
 }
 
 
@@ -249,5 +291,7 @@ def test_a_planted_bug_is_found(mutant, monkeypatch):
     else:
         module = sys.modules[kernel.__module__]
         monkeypatch.setattr(module, function, mutant.rewritten(getattr(module, function)))
-    with pytest.raises(AssertionError):
-        PROPERTIES[name]()
+    test, strategies = PROPERTIES[name]
+    found = given(*strategies)(test.hypothesis.inner_test)
+    with pytest.raises(AssertionError):  # the first example that shows it will do
+        settings(phases=[Phase.generate], deadline=None, database=None)(found)()
