@@ -80,12 +80,6 @@ def sum_rows(x):
     return np.ones(len(rows), x.dtype) @ rows
 
 
-def mean_last(x):
-    """The mean over the last axis, kept: (..., n) -> (..., 1); again by BLAS."""
-    n = x.shape[-1]
-    return (x @ np.ones(n, x.dtype) / n)[..., None]
-
-
 def mean_product(a, b):
     """The mean of a ⊙ b over the last axis, kept: (..., n) -> (..., 1)."""
     return (np.vecdot(a, b) / a.shape[-1])[..., None]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ...threads import share
-from ._blocks import in_cache, mean_last, mean_product, row_by_row, sum_rows
+from ._blocks import in_cache, mean_product, row_by_row, sum_rows
 
 KERNELS = ("layer_norm", "rms_norm")
 
@@ -25,20 +25,20 @@ class layer_norm:
     @staticmethod
     def forward(x, w, b, *, eps=1e-5):
         rows, n = x.reshape(-1, x.shape[-1]), x.shape[-1]
-        y = np.empty(rows.shape, x.dtype)
-        mu, left, r = np.empty((3, len(rows), 1), x.dtype)
+        y, ones = np.empty(rows.shape, x.dtype), np.ones(n, x.dtype)
+        mu, left, r = np.zeros((3, len(rows), 1), x.dtype)
 
         def block(i):
             with row_by_row(len(rows), n):
-                c = y[i]
-                mu[i] = mean_last(rows[i])
-                np.subtract(rows[i], mu[i], out=c)
-                r[i], left[i] = _r(c, eps), 0
-                if far := not (np.abs(mu[i]) * r[i]).max() <= _NEAR:  # it may be NaN
-                    left[i] = mean_last(c)
+                xi, c, mui, ri = rows[i], y[i], mu[i], r[i]
+                _into_mean(mui, xi, ones)
+                np.subtract(xi, mui, out=c)
+                _into_r(ri, c, eps)
+                if far := not np.abs(mui * ri).max() <= _NEAR:  # it may be NaN
+                    _into_mean(left[i], c, ones)
                     c -= left[i]
-                    r[i] = _r(c, eps)
-                c *= r[i]
+                    _into_r(ri, c, eps)
+                c *= ri
                 c *= w
                 c += b
             return far
@@ -55,18 +55,17 @@ class layer_norm:
 
         def block(i):
             with row_by_row(len(rows), n):
-                c = rows[i] - mu[i]
+                gi, ri, c = g[i], r[i], rows[i] - mu[i]
                 if left is not None:
                     c -= left[i]
-                u = np.multiply(g[i], c, out=x_bar[i])  # g ⊙ c, at first
-                w_bar = r[i, 0] @ u
-                mean_ux = r[i] * (u @ w_mean)[:, None]
-                c *= r[i] * mean_ux
-                c += (g[i] @ w_mean)[:, None]
-                np.multiply(g[i], w, out=u)
+                u = np.multiply(gi, c, out=x_bar[i])  # g ⊙ c, at first
+                w_bar = ri[:, 0] @ u
+                c *= ri * ri * (u @ w_mean)[:, None]
+                c += (gi @ w_mean)[:, None]
+                np.multiply(gi, w, out=u)
                 u -= c
-                u *= r[i]
-            return w_bar, sum_rows(g[i])
+                u *= ri
+            return w_bar, sum_rows(gi)
 
         w_bar, b_bar = map(sum, zip(*share(block, in_cache(len(rows), n))))
         return x_bar.reshape(x.shape), w_bar if needs[1] else None, b_bar if needs[2] else None
@@ -98,8 +97,19 @@ class rms_norm:
         return _same_float(x, w)
 
 
-def _r(c, eps):
-    return 1 / np.sqrt(mean_product(c, c) + c.dtype.type(eps))
+def _into_mean(mu, x, ones):
+    """mu (n, 1) becomes the mean of each row of x (n, m), by BLAS."""
+    np.matmul(x, ones, out=mu[:, 0])
+    mu /= x.shape[1]
+
+
+def _into_r(r, c, eps):
+    """r (n, 1) becomes 1/√(mean(c²) + ε) of each row of c (n, m)."""
+    np.vecdot(c, c, out=r[:, 0])
+    r /= c.shape[1]
+    r += eps
+    np.sqrt(r, out=r)
+    np.divide(1, r, out=r)
 
 
 def _same_float(x, *weights):

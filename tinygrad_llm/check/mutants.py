@@ -605,17 +605,21 @@ _KERNELS = {
             "np.multiply(E, D[h][..., i, :n], out=E)",
         ),
     ),
-    "kernel attention.forward": (("large scores overflow", "is_moderate(E)", "True"),),
+    "kernel attention.forward": (("large scores overflow", "_are_moderate(s)", "True"),),
     "kernel attention.vjp": (
-        ("softmax's sum is missing", "S_bar -= np.vecdot(gi, y[h][..., i, :])[..., None]", "pass"),
+        ("softmax's sum is missing", "np.vecdot(gi, y[h][..., i, :] * scale)[..., None]", "0"),
         ("the saved E is overwritten", "S_bar *= E", "S_bar = np.multiply(E, S_bar, out=E)"),
         (
             "each block of queries replaces k̄ of the last",
             "k_bar[h][..., :n, :] +=",
             "k_bar[h][..., :n, :] =",
         ),
-        ("E that is computed again is not scaled", "qi @ k_t", "q[h][..., i, :] @ k_t"),
-        ("q̄ is not scaled", "q_bar[h][..., i, :] *= scale", "pass"),
+        (
+            "E that is computed again is not scaled",
+            "_scaled_transpose(k[h], scale)",
+            "_scaled_transpose(k[h], 1)",
+        ),
+        ("S̄ is not scaled throughout", "y[h][..., i, :] * scale", "y[h][..., i, :]"),
     ),
     "kernel attention.accepts": (("a mask is accepted and ignored", "M is True and ", ""),),
     "kernel gelu_tanh.vjp": (
