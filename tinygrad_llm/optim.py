@@ -20,6 +20,7 @@ from .tensor import Tensor
 _BLOCK = 1 << 17  # elements at a time: in cache, and enough that threads seldom wait for Python
 _SMALL = 1 << 12  # arrays up to this size are updated together: calls would cost more than copies
 _WORTH_SHARING = 1 << 22  # elements: with fewer, a thread is done before another has woken up
+_PASSES = 13  # of AdamW over each element
 
 
 class Optimizer(ABC):
@@ -310,7 +311,7 @@ class AdamW(Optimizer):
                 blocks += [(_adamw, block, state["step"], group) for block in _blocks(*arrays)]
         for (step, *_), (group, together) in small.items():
             blocks.append((_adamw_of_small, together, step, group))
-        share_elements(lambda block: block[0](*block[1:]), blocks, [p for p, *_ in moves])
+        share_elements(lambda block: block[0](*block[1:]), blocks, [p for p, *_ in moves], _PASSES)
 
     def _check(self, group, known):
         super()._check(group, known)
@@ -504,11 +505,11 @@ def _blocks(*arrays) -> Iterator[tuple]:
         yield tuple(array[start : start + rows] for array in arrays)
 
 
-def share_elements(function, blocks, arrays):
+def share_elements(function, blocks, arrays, passes=1):
     """[function(block) for block in blocks], which are those of `arrays`; shared out among the team
-    where that pays: not for few elements, and not on a GPU.
+    where that pays: not for few passes over few elements, and not on a GPU.
     """
-    large = sum(a.size for a in arrays) > _WORTH_SHARING
+    large = sum(a.size for a in arrays) * passes > _WORTH_SHARING
     shared = large and all(of(a) is CPU for a in arrays)
     return threads.share(function, blocks) if shared else [*map(function, blocks)]
 

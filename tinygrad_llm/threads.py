@@ -25,6 +25,7 @@ class _Here(threading.local):
 
 
 _here = _Here()
+_alone = threading.Lock()
 
 
 def default_threads() -> int:
@@ -62,6 +63,14 @@ def active() -> int:
     a wait for Python, which another one has: so where there are several, calls should be long.
     """
     return _here.active
+
+
+def alone() -> AbstractContextManager:
+    """In the block, of the threads that compute at the same time only this one is in such a block:
+    for a kernel made of many calls so short that they would wait for Python longer than they take.
+    Meanwhile the others compute something longer. Nothing in the block may share() or wait.
+    """
+    return _alone if _here.active > 1 else contextlib.nullcontext()
 
 
 def share(function: Callable, items: Iterable) -> list[Any]:

@@ -56,6 +56,13 @@ def stacks(batch, elements):
     return [(i, *rest) for i in range(batch[0]) for rest in stacks(batch[1:], elements)]
 
 
+def brief(x):
+    """A context for many calls on an array like x: if they are short, one thread at a time has it,
+    see threads.alone.
+    """
+    return threads.alone() if x.size <= SIZE else contextlib.nullcontext()
+
+
 def row_by_row(m, n):
     """A context in which NumPy goes row by row where it pairs (m, n) with (n,) or (m, 1).
 

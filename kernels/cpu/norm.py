@@ -3,7 +3,7 @@
 import numpy as np
 
 from ...threads import share
-from ._blocks import in_cache, mean_product, row_by_row, sum_rows
+from ._blocks import brief, in_cache, mean_product, row_by_row, sum_rows
 
 KERNELS = ("layer_norm", "rms_norm")
 
@@ -29,7 +29,7 @@ class layer_norm:
         mu, left, r = np.zeros((3, len(rows), 1), x.dtype)
 
         def block(i):
-            with row_by_row(len(rows), n):
+            with brief(rows[i]), row_by_row(len(rows), n):
                 xi, c, mui, ri = rows[i], y[i], mu[i], r[i]
                 _into_mean(mui, xi, ones)
                 np.subtract(xi, mui, out=c)
@@ -54,7 +54,7 @@ class layer_norm:
         x_bar, w_mean = np.empty(rows.shape, x.dtype), w / n
 
         def block(i):
-            with row_by_row(len(rows), n):
+            with brief(rows[i]), row_by_row(len(rows), n):
                 gi, ri, c = g[i], r[i], rows[i] - mu[i]
                 if left is not None:
                     c -= left[i]
