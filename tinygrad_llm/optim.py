@@ -7,7 +7,7 @@ position: a restart must list the parameters in the same order.
 import math
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -495,14 +495,16 @@ def decay_groups(model: Module, weight_decay: float) -> list[dict]:
 # --- arrays ---------------------------------------------------------------------------------------
 
 
-def _blocks(*arrays) -> Iterator[tuple]:
+def _blocks(*arrays) -> list[tuple]:
     """Arrays of one shape in pieces of about _BLOCK elements each, or of a row: views."""
     if all(array.flags.c_contiguous for array in arrays):
         arrays = [array.reshape(-1) for array in arrays]
     size, n = arrays[0].size, len(arrays[0])
-    rows = max(1, _BLOCK * n // max(1, size))
-    for start in range(0, n, rows):
-        yield tuple(array[start : start + rows] for array in arrays)
+    if size <= _BLOCK:
+        return [tuple(arrays)]
+    rows = max(1, _BLOCK * n // size)
+    starts = range(0, n, rows)
+    return [tuple(array[i : i + rows] for array in arrays) for i in starts]
 
 
 def share_elements(function, blocks, arrays, passes=1):
