@@ -121,5 +121,11 @@ def _pool(n):
     return ThreadPoolExecutor(n, "team")
 
 
+def _forget_others():
+    global _alone
+    _alone = threading.Lock()
+    _pool.cache_clear()
+
+
 if hasattr(os, "register_at_fork"):  # a forked child has this thread only
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+    os.register_at_fork(after_in_child=_forget_others)

@@ -644,8 +644,8 @@ _KERNELS = {
     ),
     "kernel layer_norm.forward": (("b is not added", "c += b", "pass"),),
     "kernel layer_norm.vjp": (
-        ("μ counts as a constant", "c += (g[i] @ w_mean)[:, None]", "pass"),
-        ("w̄ is that of c, not of x̂", "r[i, 0] @ u", "np.ones(len(u), u.dtype) @ u"),
+        ("μ counts as a constant", "c += (gi @ w_mean)[:, None]", "pass"),
+        ("w̄ is that of c, not of x̂", "ri[:, 0] @ u", "np.ones(len(u), u.dtype) @ u"),
         ("x is centred in place", "rows[i] - mu[i]", "np.subtract(rows[i], mu[i], out=rows[i])"),
         ("g is multiplied in place", "w, out=u)", "w, out=g[i])"),
     ),
