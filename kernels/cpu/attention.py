@@ -43,12 +43,12 @@ class attention:
             k_t = np.matrix_transpose(k[h]) if few else _scaled_transpose(k[h], scale)
             for i, n in parts:
                 qi, yi, m = qh[..., i, :], y[h][..., i, :], None
-                E = _exponentials(qi, k_t[..., :n], causal, m)  # (..., block, n)
+                E = _exponentials(_hide(qi @ k_t[..., :n], causal), m)  # (..., block, n)
                 s = _sums(E)
                 if not _are_moderate(s):
-                    S = _scores(qi, k_t[..., :n], causal)
+                    S = _hide(qi @ k_t[..., :n], causal)
                     m = S.max(axis=-1, keepdims=True)
-                    E = _exponentials(qi, k_t[..., :n], causal, m)
+                    E = _exponentials(S, m)
                     s = _sums(E)
                 np.matmul(_dropped(E, D, h, i, n), v[h][..., :n, :], out=yi)
                 yi /= s
@@ -74,7 +74,7 @@ class attention:
             for (i, n), (m, s, E) in reversed([*zip(parts, saved)]):
                 qi, gi = q[h][..., i, :], g[h][..., i, :] / s
                 if E is None:
-                    E = _exponentials(qi, k_t[..., :n], causal, m)
+                    E = _exponentials(_hide(qi @ k_t[..., :n], causal), m)
                 S_bar = gi @ v_t[..., :n]  # (..., block, n); all of it times scale
                 if not isinstance(D, float):
                     S_bar *= D[h][..., i, :n]
@@ -124,13 +124,8 @@ def _hide(S, causal):
     return S
 
 
-def _scores(q, k_t, causal):
-    return _hide(q @ k_t, causal)
-
-
-def _exponentials(q, k_t, causal, m):
-    """E = e^{S - m}, or without m (None) e^S, which may be too large for its dtype."""
-    S = _scores(q, k_t, causal)
+def _exponentials(S, m):
+    """S becomes e^{S - m}, or without m (None) e^S, which may be too large for its dtype."""
     if m is not None:
         S -= m
     with np.errstate(over="ignore"):
