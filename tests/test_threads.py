@@ -70,6 +70,29 @@ def test_nothing_is_shared_out_twice_nor_outside():
     assert threads.size() == 1
 
 
+@pytest.mark.parametrize("n", [2, 3])
+def test_one_at_a_time_is_alone(n):
+    every, inside, most = threading.Barrier(n), [], []
+
+    def visit(_):
+        every.wait(timeout=60)  # all are here
+        for _ in range(100):
+            with threads.alone():
+                inside.append(None)
+                np.exp(np.zeros(10_000))  # lets the others go on
+                most.append(len(inside))
+                inside.pop()
+
+    with threads.team(n):
+        threads.share(visit, range(n))
+    assert most == [1] * 100 * n
+
+
+def test_who_computes_alone_waits_for_nobody():
+    with threads.alone(), threads.alone():
+        pass
+
+
 def test_numpys_settings_are_the_callers():
     every, one = threading.Barrier(2), np.float32([1])
 

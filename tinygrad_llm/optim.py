@@ -7,7 +7,7 @@ position: a restart must list the parameters in the same order.
 import math
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from .tensor import Tensor
 _BLOCK = 1 << 17  # elements at a time: in cache, and enough that threads seldom wait for Python
 _SMALL = 1 << 12  # arrays up to this size are updated together: calls would cost more than copies
 _WORTH_SHARING = 1 << 22  # elements: with fewer, a thread is done before another has woken up
+_PASSES = 13  # of AdamW over each element
 
 
 class Optimizer(ABC):
@@ -310,7 +311,7 @@ class AdamW(Optimizer):
                 blocks += [(_adamw, block, state["step"], group) for block in _blocks(*arrays)]
         for (step, *_), (group, together) in small.items():
             blocks.append((_adamw_of_small, together, step, group))
-        share_elements(lambda block: block[0](*block[1:]), blocks, [p for p, *_ in moves])
+        share_elements(lambda block: block[0](*block[1:]), blocks, [p for p, *_ in moves], _PASSES)
 
     def _check(self, group, known):
         super()._check(group, known)
@@ -494,21 +495,23 @@ def decay_groups(model: Module, weight_decay: float) -> list[dict]:
 # --- arrays ---------------------------------------------------------------------------------------
 
 
-def _blocks(*arrays) -> Iterator[tuple]:
+def _blocks(*arrays) -> list[tuple]:
     """Arrays of one shape in pieces of about _BLOCK elements each, or of a row: views."""
     if all(array.flags.c_contiguous for array in arrays):
         arrays = [array.reshape(-1) for array in arrays]
     size, n = arrays[0].size, len(arrays[0])
-    rows = max(1, _BLOCK * n // max(1, size))
-    for start in range(0, n, rows):
-        yield tuple(array[start : start + rows] for array in arrays)
+    if size <= _BLOCK:
+        return [tuple(arrays)]
+    rows = max(1, _BLOCK * n // size)
+    starts = range(0, n, rows)
+    return [tuple(array[i : i + rows] for array in arrays) for i in starts]
 
 
-def share_elements(function, blocks, arrays):
+def share_elements(function, blocks, arrays, passes=1):
     """[function(block) for block in blocks], which are those of `arrays`; shared out among the team
-    where that pays: not for few elements, and not on a GPU.
+    where that pays: not for few passes over few elements, and not on a GPU.
     """
-    large = sum(a.size for a in arrays) > _WORTH_SHARING
+    large = sum(a.size for a in arrays) * passes > _WORTH_SHARING
     shared = large and all(of(a) is CPU for a in arrays)
     return threads.share(function, blocks) if shared else [*map(function, blocks)]
 

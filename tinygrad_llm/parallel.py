@@ -65,7 +65,8 @@ class Shards:
             loss = model.loss(*batch)
             return loss.item() * weight, leaf_gradients(loss, weight * scale)
 
-        for parameter in model.parameters():
+        parameters = list(model.parameters())
+        for parameter in parameters:
             parameter.grad = None  # its memory, before new gradients are made
         total, gradients = 0.0, {}
         for rows, weight in _shares(batch, pieces):
@@ -73,7 +74,7 @@ class Shards:
             total += sum(loss for loss, _ in found)
             for _, of_shard in found:
                 self._add(gradients, of_shard)
-        for parameter in model.parameters():
+        for parameter in parameters:
             parameter.grad = gradients.get(id(parameter))
             if scale != 1 and parameter.grad is not None:
                 parameter.grad.data /= scale

@@ -446,8 +446,7 @@ def _together(name, args, arrays):
 
 def fused(name, definition, *inputs, drawn=None, **attributes):
     """definition(*inputs), a composition of ops on Tensors (or None), by one kernel of that name if
-    the device of the inputs has one that takes them (the CPU has few: its ops are as fast). No
-    other Tensor may require a gradient in it.
+    the device of the inputs has one that takes them. No other Tensor may require a gradient in it.
 
     attributes  what the kernel is given beside the arrays
     drawn       a function that gives more of them, from a random stream that the definition, too,
@@ -470,7 +469,7 @@ def fused(name, definition, *inputs, drawn=None, **attributes):
     recorded = _recording.on and any(x.requires_grad for x in tensors)
     once_more = _not_twice if drawn else partial(_vjp_of_definition, definition)
     op = SimpleNamespace(name=name, saves=False, vjp=once_more)
-    vjp = backend.with_plain_gradient(kernel.vjp)
+    vjp = kernel.vjp if where is CPU else backend.with_plain_gradient(kernel.vjp)
     implementation = backend.Implementation(op, None, vjp, saves=True, is_kernel=True)
     node = (implementation, inputs, attributes, saved) if recorded else None
     return _fill(Tensor.__new__(Tensor), where.own(y), recorded, node)

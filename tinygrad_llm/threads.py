@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from typing import Any
 
 from threadpoolctl import ThreadpoolController
@@ -25,6 +26,7 @@ class _Here(threading.local):
 
 
 _here = _Here()
+_alone = threading.Lock()
 
 
 def default_threads() -> int:
@@ -61,6 +63,14 @@ def active() -> int:
     a wait for Python, which another one has: so where there are several, calls should be long.
     """
     return _here.active
+
+
+def alone() -> AbstractContextManager:
+    """In the block, of the threads that compute at the same time only this one is in such a block:
+    for a kernel made of many calls so short that they would wait for Python longer than they take.
+    Meanwhile the others compute something longer. Nothing in the block may share() or wait.
+    """
+    return _alone if _here.active > 1 else contextlib.nullcontext()
 
 
 def share(function: Callable, items: Iterable) -> list[Any]:
@@ -117,5 +127,11 @@ def _pool(n):
     return ThreadPoolExecutor(n, "team")
 
 
+def _forget_others():
+    global _alone
+    _alone = threading.Lock()
+    _pool.cache_clear()
+
+
 if hasattr(os, "register_at_fork"):  # a forked child has this thread only
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+    os.register_at_fork(after_in_child=_forget_others)

@@ -56,6 +56,13 @@ def stacks(batch, elements):
     return [(i, *rest) for i in range(batch[0]) for rest in stacks(batch[1:], elements)]
 
 
+def brief(x):
+    """A context for many calls on an array like x: if they are short, one thread at a time has it,
+    see threads.alone.
+    """
+    return threads.alone() if x.size <= SIZE else contextlib.nullcontext()
+
+
 def row_by_row(m, n):
     """A context in which NumPy goes row by row where it pairs (m, n) with (n,) or (m, 1).
 
@@ -80,22 +87,11 @@ def sum_rows(x):
     return np.ones(len(rows), x.dtype) @ rows
 
 
-def mean_last(x):
-    """The mean over the last axis, kept: (..., n) -> (..., 1); again by BLAS."""
-    n = x.shape[-1]
-    return (x @ np.ones(n, x.dtype) / n)[..., None]
-
-
-def mean_product(a, b):
-    """The mean of a ⊙ b over the last axis, kept: (..., n) -> (..., 1)."""
-    return (np.vecdot(a, b) / a.shape[-1])[..., None]
-
-
-def is_moderate(x, limit=30):
+def is_moderate(x):
     """Whether softmax needs no maxima: e^30 is far from overflow and e^-30 from underflow. To find
     each row's maximum costs more than exp, to find that of all is nothing beside it.
     """
-    return x.max() <= limit and x.min() >= -limit  # not if they are NaN
+    return x.max() <= 30 and x.min() >= -30  # not if they are NaN
 
 
 def softmax_into(y, x, moderate):

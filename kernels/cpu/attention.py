@@ -6,24 +6,25 @@ import math
 import numpy as np
 
 from ...threads import share
-from ._blocks import blocks, is_moderate, stacks
+from ._blocks import blocks, stacks
 
 KERNELS = ("attention",)
 
-_QUERIES = 32  # in a block, at least: few, since with a causal mask a block skips what it hides
+_QUERIES = 64  # in a block, at least: few, since with a causal mask a block skips what it hides
 _MOST = 128  # at most: products with more rows are no faster
+_FEW = 32  # queries that are not worth a copy of the keys
 _KEPT = 128  # queries up to which E is saved: for more, it would outweigh what else a layer saves
 
 
 class attention:
     """y = (D ⊙ P) v,  P = softmax(S),  S = scale q kᵀ, one block of queries after the other
 
-    P = E / s, with E = e^{S - m} and its rows' sums s; m is 0, or where scores are beyond ±10, a
-    row's maximum. T × d numbers are divided by s in the place of T × T:
+    P = E / s, with E = e^{S - m} and its rows' sums s; m is 0, or if that gives very large or small
+    sums, a row's maximum. T × d numbers are divided by s and scaled in the place of T × T:
 
         y = ((D ⊙ E) v) / s
-        S̄ = E ⊙ (D ⊙ ((g / s) vᵀ) - (g · y) / s)
-        q̄ = scale S̄ k,  k̄ = S̄ᵀ (scale q),  v̄ = (D ⊙ E)ᵀ (g / s)
+        scale S̄ = E ⊙ (D ⊙ ((g / s) (scale v)ᵀ) - (g / s) · (scale y))
+        q̄ = (scale S̄) k,  k̄ = (scale S̄)ᵀ q,  v̄ = (D ⊙ E)ᵀ (g / s)
 
     Saved: m, s, and the blocks of E. Of long sequences E is computed again, so that there never is
     an array of T × T.
@@ -37,15 +38,18 @@ class attention:
         kept = q.shape[-2] <= _KEPT
 
         def some(h):
-            k_t, saved = _transposed(k[h], q), []
+            few, saved = q.shape[-2] < _FEW, []
+            qh = q[h] * scale if few else q[h]
+            k_t = np.matrix_transpose(k[h]) if few else _scaled_transpose(k[h], scale)
             for i, n in parts:
-                E = (q[h][..., i, :] * scale) @ k_t[..., :n]  # S at first: (..., block, n)
-                moderate = is_moderate(E, 10)  # before anything is hidden
-                _hide(E, causal)
-                m = None if moderate else E.max(axis=-1, keepdims=True)
-                _exponentials(E, m)
-                s = (E @ np.ones(n, E.dtype))[..., None]  # as a product, since BLAS sums fastest
-                yi = y[h][..., i, :]
+                qi, yi, m = qh[..., i, :], y[h][..., i, :], None
+                E = _exponentials(_hide(qi @ k_t[..., :n], causal), m)  # (..., block, n)
+                s = _sums(E)
+                if not _are_moderate(s):
+                    S = _hide(qi @ k_t[..., :n], causal)
+                    m = S.max(axis=-1, keepdims=True)
+                    E = _exponentials(S, m)
+                    s = _sums(E)
                 np.matmul(_dropped(E, D, h, i, n), v[h][..., :n, :], out=yi)
                 yi /= s
                 saved.append((m, s, E if kept else None))
@@ -65,20 +69,18 @@ class attention:
 
         def some(h_and_saved):
             h, saved = h_and_saved
-            v_t = _transposed(v[h], q)
-            k_t = _transposed(k[h], q) if saved[0][-1] is None else None
+            v_t = _scaled_transpose(v[h], scale)
+            k_t = _scaled_transpose(k[h], scale) if saved[0][-1] is None else None
             for (i, n), (m, s, E) in reversed([*zip(parts, saved)]):
-                qi, gi = q[h][..., i, :] * scale, g[h][..., i, :] / s
+                qi, gi = q[h][..., i, :], g[h][..., i, :] / s
                 if E is None:
-                    E = _hide(qi @ k_t[..., :n], causal)
-                    _exponentials(E, m)
-                S_bar = gi @ v_t[..., :n]  # (..., block, n)
+                    E = _exponentials(_hide(qi @ k_t[..., :n], causal), m)
+                S_bar = gi @ v_t[..., :n]  # (..., block, n); all of it times scale
                 if not isinstance(D, float):
                     S_bar *= D[h][..., i, :n]
-                S_bar -= np.vecdot(gi, y[h][..., i, :])[..., None]
+                S_bar -= np.vecdot(gi, y[h][..., i, :] * scale)[..., None]
                 S_bar *= E
                 np.matmul(S_bar, k[h][..., :n, :], out=q_bar[h][..., i, :])
-                q_bar[h][..., i, :] *= scale
                 S_bar_t, E_t = map(np.matrix_transpose, (S_bar, _dropped(E, D, h, i, n)))
                 if i.stop == q.shape[-2]:  # visited first: it sees every key
                     np.matmul(S_bar_t, qi, out=k_bar[h])
@@ -123,10 +125,23 @@ def _hide(S, causal):
 
 
 def _exponentials(S, m):
-    """S becomes e^{S - m}."""
+    """S becomes e^{S - m}, or without m (None) e^S, which may be too large for its dtype."""
     if m is not None:
         S -= m
-    np.exp(S, out=S)
+    with np.errstate(over="ignore"):
+        return np.exp(S, out=S)
+
+
+def _sums(E):
+    """Of the rows, kept: (..., 1); as a product, since BLAS sums fastest."""
+    return (E @ _ones(E.shape[-1], E.dtype))[..., None]
+
+
+def _are_moderate(s):
+    """Whether sums of e^S are far from overflow, and no row's largest is near underflow. To find
+    that out afterwards, of these few numbers, takes less than to look for large S before.
+    """
+    return s.min() > 1e-17 and s.max() < 1e17  # not if they are NaN
 
 
 @functools.lru_cache(64)
@@ -137,12 +152,19 @@ def _hidden(n):
     return hidden
 
 
-def _transposed(a, q):
-    """aᵀ: (..., d, n). Small products with it are up to twice as fast if it lies in memory so, too,
-    which pays for a copy unless the queries are few.
+def _scaled_transpose(a, scale):
+    """scale aᵀ: (..., d, n), which lies in memory so: small products with it are up to twice as
+    fast as with a view.
     """
     a_t = np.matrix_transpose(a)
-    return np.ascontiguousarray(a_t) if q.shape[-2] >= _QUERIES else a_t
+    return np.multiply(a_t, scale, out=np.empty(a_t.shape, a.dtype))
+
+
+@functools.lru_cache(64)
+def _ones(n, dtype):
+    ones = np.ones(n, dtype)
+    ones.flags.writeable = False
+    return ones
 
 
 def _dropped(E, D, h, i, n):

@@ -62,26 +62,27 @@ class gelu_tanh:
 
 
 def gelu_and_slope(x, y):
-    """y = gelu_tanh(x), and x becomes the derivative; both contiguous, of one shape."""
+    """y = gelu_tanh(x), and x becomes the derivative; both contiguous, of one shape.
+
+    y = x σ,  y' = σ + 2 u' y (1 - σ),  with σ = (1 + tanh u)/2,  u = √(2/π) (x + 0.044715 x³)
+    """
     x, y = x.reshape(-1), y.reshape(-1)
     parts = in_cache(len(x))
-    s, q = np.empty((2, max(i.stop - i.start for i in parts)), x.dtype)
+    buffers = np.empty((2, max(i.stop - i.start for i in parts)), x.dtype)
     for i in parts:
-        xi, t = x[i], y[i]
-        si, qi = s[: len(xi)], q[: len(xi)]
-        np.multiply(xi, xi, out=si)
-        np.multiply(si, 0.044715 * _C, out=t)
-        t += _C
-        t *= xi
-        np.tanh(t, out=t)
-        si *= 3 * 0.044715 * _C  # du, as above
-        si += _C
-        np.multiply(t, t, out=qi)
-        np.subtract(1, qi, out=qi)
-        si *= qi
-        si *= xi
-        t += 1
-        si += t
-        t *= 0.5
-        t *= xi
-        np.multiply(si, 0.5, out=xi)
+        xi, yi = x[i], y[i]
+        s, du = buffers[:, : len(xi)]
+        np.multiply(xi, xi, out=du)
+        np.multiply(du, 0.044715 * _C, out=s)
+        s += _C
+        s *= xi
+        np.tanh(s, out=s)
+        s *= 0.5
+        s += 0.5
+        np.multiply(xi, s, out=yi)
+        du *= 6 * 0.044715 * _C  # 2 u'
+        du += 2 * _C
+        np.subtract(1, s, out=xi)
+        xi *= yi  # before 2 u': where that is large, this is 0
+        xi *= du
+        xi += s

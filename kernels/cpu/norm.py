@@ -3,7 +3,7 @@
 import numpy as np
 
 from ...threads import share
-from ._blocks import in_cache, mean_last, mean_product, row_by_row, sum_rows
+from ._blocks import brief, in_cache, row_by_row, sum_rows
 
 KERNELS = ("layer_norm", "rms_norm")
 
@@ -25,20 +25,20 @@ class layer_norm:
     @staticmethod
     def forward(x, w, b, *, eps=1e-5):
         rows, n = x.reshape(-1, x.shape[-1]), x.shape[-1]
-        y = np.empty(rows.shape, x.dtype)
-        mu, left, r = np.empty((3, len(rows), 1), x.dtype)
+        y, ones = np.empty(rows.shape, x.dtype), np.ones(n, x.dtype)
+        mu, left, r = np.zeros((3, len(rows), 1), x.dtype)
 
         def block(i):
-            with row_by_row(len(rows), n):
-                c = y[i]
-                mu[i] = mean_last(rows[i])
-                np.subtract(rows[i], mu[i], out=c)
-                r[i], left[i] = _r(c, eps), 0
-                if far := not (np.abs(mu[i]) * r[i]).max() <= _NEAR:  # it may be NaN
-                    left[i] = mean_last(c)
+            with brief(rows[i]), row_by_row(len(rows), n):
+                xi, c, mui, ri = rows[i], y[i], mu[i], r[i]
+                _into_mean(mui, xi, ones)
+                np.subtract(xi, mui, out=c)
+                _into_r(ri, c, eps)
+                if far := not np.abs(mui * ri).max() <= _NEAR:  # it may be NaN
+                    _into_mean(left[i], c, ones)
                     c -= left[i]
-                    r[i] = _r(c, eps)
-                c *= r[i]
+                    _into_r(ri, c, eps)
+                c *= ri
                 c *= w
                 c += b
             return far
@@ -54,54 +54,93 @@ class layer_norm:
         x_bar, w_mean = np.empty(rows.shape, x.dtype), w / n
 
         def block(i):
-            with row_by_row(len(rows), n):
-                c = rows[i] - mu[i]
+            with brief(rows[i]), row_by_row(len(rows), n):
+                gi, ri, c = g[i], r[i], rows[i] - mu[i]
                 if left is not None:
                     c -= left[i]
-                u = np.multiply(g[i], c, out=x_bar[i])  # g ⊙ c, at first
-                w_bar = r[i, 0] @ u
-                mean_ux = r[i] * (u @ w_mean)[:, None]
-                c *= r[i] * mean_ux
-                c += (g[i] @ w_mean)[:, None]
-                np.multiply(g[i], w, out=u)
+                u = np.multiply(gi, c, out=x_bar[i])  # g ⊙ c, at first
+                w_bar = ri[:, 0] @ u
+                c *= ri * ri * (u @ w_mean)[:, None]
+                c += (gi @ w_mean)[:, None]
+                np.multiply(gi, w, out=u)
                 u -= c
-                u *= r[i]
-            return w_bar, sum_rows(g[i])
+                u *= ri
+            return w_bar, sum_rows(gi)
 
         w_bar, b_bar = map(sum, zip(*share(block, in_cache(len(rows), n))))
         return x_bar.reshape(x.shape), w_bar if needs[1] else None, b_bar if needs[2] else None
 
     @staticmethod
     def accepts(x, w, b, *, eps=1e-5):
-        return _same_float(x, w, b)
+        return _are_rows(x, w, b)
 
 
 class rms_norm:
-    """y = x̂ ⊙ w,  x̂ = x ⊙ r,  r = 1/√(mean(x²) + ε)."""
+    """y = x̂ ⊙ w,  x̂ = r x,  r = 1/√(mean(x²) + ε)
+
+    Saved: r. With u = g ⊙ w and mean(u ⊙ x̂) = r mean(g ⊙ x ⊙ w),
+
+        x̄ = r (u - x r mean(u ⊙ x̂)),   w̄ = Σ r (g ⊙ x) over the rows
+    """
 
     @staticmethod
     def forward(x, w, *, eps=1e-5):
-        r = 1 / np.sqrt(mean_product(x, x) + x.dtype.type(eps))  # (..., 1)
-        x_hat = x * r
-        return x_hat * w, (x_hat, r)
+        rows, n = x.reshape(-1, x.shape[-1]), x.shape[-1]
+        y, r = np.empty(rows.shape, x.dtype), np.empty((len(rows), 1), x.dtype)
+
+        def block(i):
+            with brief(rows[i]), row_by_row(len(rows), n):
+                _into_r(r[i], rows[i], eps)
+                np.multiply(rows[i], r[i], out=y[i])
+                y[i] *= w
+
+        share(block, in_cache(len(rows), n))
+        return y.reshape(x.shape), r
 
     @staticmethod
     def vjp(g, y, x, w, *, eps=1e-5, saved, needs):
-        x_hat, r = saved
-        u = g * w
-        u -= x_hat * mean_product(u, x_hat)
-        u *= r
-        return u, sum_rows(g * x_hat) if needs[1] else None
+        r, n = saved, x.shape[-1]
+        rows, g = x.reshape(-1, n), g.reshape(-1, n)
+        x_bar, w_mean = np.empty(rows.shape, x.dtype), w / n
+
+        def block(i):
+            with brief(rows[i]), row_by_row(len(rows), n):
+                gi, ri = g[i], r[i]
+                u = np.multiply(gi, rows[i], out=x_bar[i])  # g ⊙ x, at first
+                w_bar = ri[:, 0] @ u
+                c = rows[i] * (ri * ri * (u @ w_mean)[:, None])
+                np.multiply(gi, w, out=u)
+                u -= c
+                u *= ri
+            return w_bar
+
+        w_bar = sum(share(block, in_cache(len(rows), n)))
+        return x_bar.reshape(x.shape), w_bar if needs[1] else None
 
     @staticmethod
     def accepts(x, w, *, eps=1e-5):
-        return _same_float(x, w)
+        return _are_rows(x, w)
 
 
-def _r(c, eps):
-    return 1 / np.sqrt(mean_product(c, c) + c.dtype.type(eps))
+def _into_mean(mu, x, ones):
+    """mu (n, 1) becomes the mean of each row of x (n, m), by BLAS."""
+    np.matmul(x, ones, out=mu[:, 0])
+    mu /= x.shape[1]
 
 
-def _same_float(x, *weights):
-    """One floating dtype, so that in-place steps keep it; and at least one element."""
-    return x.dtype.char in "fd" and x.size > 0 and all(w.dtype == x.dtype for w in weights)
+def _into_r(r, c, eps):
+    """r (n, 1) becomes 1/√(mean(c²) + ε) of each row of c (n, m)."""
+    np.vecdot(c, c, out=r[:, 0])
+    r /= c.shape[1]
+    r += eps
+    np.sqrt(r, out=r)
+    np.divide(1, r, out=r)
+
+
+def _are_rows(x, *weights):
+    """At least one element, and weights for one row; one floating dtype, so that in-place steps
+    keep it.
+    """
+    row, dtype = x.shape[-1:], x.dtype
+    some = x.size > 0 and x.dtype.char in "fd"
+    return some and all(w.shape == row and w.dtype == dtype for w in weights)

@@ -516,7 +516,7 @@ def _in_float32(call, g):
 def _large(op, reading, attributes):
     """Core axes, or the batch where there are none, longer than a block of any kernel."""
     sizes = [(500, 40, 600, 36), (30, 40, 50, 36)]
-    batch = (2,) if op.signature.strip("()->,") else (70_000,)
+    batch = (2,) if op.signature.strip("()->,") else (140_000,)
     return st.sampled_from(sizes).map(
         lambda lengths: (
             without_defaults(op, batch_of(op, batch, lengths, attributes=attributes)),

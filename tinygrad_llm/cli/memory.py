@@ -10,7 +10,7 @@ from ..parallel import LARGE
 from ..precision import dtype as dtype_named
 
 UNITS = ("B", "KiB", "MiB", "GiB")
-QUERIES = 32  # that attention's kernel takes at a time of a short context,
+QUERIES = 64  # that attention's kernel takes at a time of a short context,
 SHORT = 128  # which is one up to which it keeps probabilities
 CHUNK = 2**30  # bytes of logits that a GPU keeps at a time, in at least as many rows:
 CHUNK_ROWS = 2048
@@ -102,7 +102,7 @@ def kept_numbers(cfg: GPTConfig) -> int:
     leaves out. The logits, once.
     """
     C, T, H = cfg.emb_dim, cfg.context_length, cfg.n_heads
-    of_attention = H * ((T + QUERIES) // 2 + 1) if T <= SHORT else H
+    of_attention = H * ((T + min(T, QUERIES)) // 2 + 1) if T <= SHORT else H
     block = 18 * C + 6 + of_attention
     if cfg.dropout("shortcut"):
         block += 4 * C  # two masks, two products
