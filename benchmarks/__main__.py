@@ -22,7 +22,7 @@ from .report import RESULTS, Result
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
-Threads = Annotated[int, typer.Option(min=1, help="Threads of NumPy's BLAS and of PyTorch.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of ours and of PyTorch.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Turns that each alternative gets.")]
 Save = Annotated[bool, typer.Option("--save", help="Write JSON and Markdown into --results.")]
 Results = Annotated[Path, typer.Option(metavar="DIR", help="Where --save writes.")]
@@ -133,6 +133,7 @@ def train(
         fail("--batch is for --model gpt2; the other models have one of their own")
     check_torch()
     description = prepare(threads, False, save, results)  # PyTorch is in other processes
+    check_kernels()
     from . import train as job
     from .worker import WorkerError
 
@@ -233,10 +234,16 @@ def generate(
     description, method = prepare(threads, True, save, results), Method.for_threads(threads, rounds)
     if not machine.installed("transformers"):
         fail("this needs transformers to compare with: pip install -e '.[test]'")
+    check_kernels()
     from tinygrad_llm.random import Generator
 
-    from .generate import Task, measure_task, models
+    from .generate import Task, config, measure_task, models
 
+    if prompt + new > (context := config(size.value).context_length):
+        fail(
+            f"--prompt {prompt} and --new {new} exceed {size.value}'s context of {context} tokens: "
+            "choose fewer"
+        )
     say("making the models")
     pair = models(size.value, Generator(0))
     data, tables = {}, []
@@ -681,6 +688,16 @@ def prepare(threads: int, peer: bool, save: bool, results: Path) -> dict:
         check_torch()
     machine.limit_threads(threads, torch=peer)
     return machine.describe(threads)
+
+
+def check_kernels() -> None:
+    """Whether TINYGRAD_LLM_KERNELS asks for something that there is."""
+    from tinygrad_llm import backend
+
+    try:
+        _ = backend.current.reading
+    except ValueError as error:
+        fail(str(error))
 
 
 def check_torch() -> None:

@@ -45,6 +45,10 @@ class Task:
         return f"batch {self.batch}, {self.prompt} + {self.new} tokens"
 
 
+def config(size: str) -> GPTConfig:
+    return GPTConfig.from_name("gpt2", **SIZES[size])
+
+
 def models(size: str, generator: Generator):
     """Ours with random weights, and the same as transformers opens it."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -52,7 +56,7 @@ def models(size: str, generator: Generator):
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    ours = GPT(GPTConfig.from_name("gpt2", **SIZES[size]), generator).eval()
+    ours = GPT(config(size), generator).eval()
     with tempfile.TemporaryDirectory() as folder:
         save_model(ours, folder)
         return ours, GPT2LMHeadModel.from_pretrained(folder).eval()

@@ -2,8 +2,11 @@
 who is measured lives alone: what it holds, and whether it fits, is then nobody else's doing.
 """
 
+import contextlib
 import math
 import multiprocessing
+import signal
+import threading
 import time
 
 
@@ -26,7 +29,8 @@ class Worker:
         self._pipe, theirs = context.Pipe()
         # No daemon, as torch.compile starts processes, too: whoever makes a worker closes it.
         self._process = context.Process(target=_serve, args=(theirs, factory, arguments))
-        self._process.start()
+        with _deaf():
+            self._process.start()
         theirs.close()
         self.deadline = deadline
 
@@ -69,7 +73,7 @@ def _serve(pipe, factory, arguments):
     while True:
         try:
             method, given, options = pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return
         answer = why
         if made is not None:
@@ -77,7 +81,25 @@ def _serve(pipe, factory, arguments):
                 answer = None, getattr(made, method)(*given, **options)
             except Exception as error:
                 answer = _explained(error)
-        pipe.send(answer)
+        try:
+            pipe.send(answer)
+        except OSError:  # nobody listens any more
+            return
+
+
+@contextlib.contextmanager
+def _deaf():
+    """Processes started inside ignore Ctrl-C, which a terminal sends to all: their maker, who hears
+    it, ends them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _explained(error):

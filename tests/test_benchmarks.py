@@ -155,6 +155,21 @@ def test_generate(tmp_path):
     assert ours["share_of_bandwidth"] == pytest.approx(ours["bytes_per_second"] / bound)
 
 
+@pytest.mark.parametrize(
+    "command, kernels, expected",
+    [
+        ("generate --size tiny --prompt 1000 --new 25", "auto", "exceed tiny's context of 1024"),
+        ("generate --size tiny", "bogus", "TINYGRAD_LLM_KERNELS: kernels is 'bogus'"),
+        ("train --model tiny", "bogus", "TINYGRAD_LLM_KERNELS: kernels is 'bogus'"),
+    ],
+)
+def test_bad_input_is_one_line(command, kernels, expected, monkeypatch):
+    monkeypatch.setenv("TINYGRAD_LLM_KERNELS", kernels)
+    done = run(*command.split())
+    assert done.returncode == 2
+    assert expected in done.stderr and done.stderr.count("\n") == 1
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_lora(tmp_path):
     small = ["--model", "tiny", "--rounds", "2", "--rank", "2", "--threads", "1"]

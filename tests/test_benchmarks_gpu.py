@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import sys
 import time
 from functools import partial
@@ -146,6 +147,10 @@ class Job:
     def leave(self):
         os._exit(3)
 
+    def interrupt(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return "still here"
+
 
 def test_a_worker_keeps_its_object_in_another_process():
     with contextlib.closing(Worker(Job, 10)) as worker:
@@ -160,6 +165,12 @@ def test_a_worker_keeps_its_object_in_another_process():
         for method in ("leave", "add"):
             with pytest.raises(WorkerError, match="its process has ended"):
                 worker.call(method)
+
+
+def test_a_worker_leaves_ctrl_c_to_its_maker():
+    with contextlib.closing(Worker(Job, 1)) as worker:
+        assert worker.call("interrupt") == "still here"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_worker_that_cannot_begin_says_why():

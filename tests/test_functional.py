@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracles import agree, rope, to_torch, torch_grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tinygrad_llm import Tensor, backend, grad
+from tinygrad_llm import Tensor, backend, grad, nn
 from tinygrad_llm import functional as F  # noqa: N812
 from tinygrad_llm.check.cases import cotangent
 from tinygrad_llm.random import Generator, manual_seed
@@ -250,6 +250,38 @@ def test_functions_take_arrays_and_numbers():
     agree(F.cross_entropy(LOGITS, TARGETS), F.cross_entropy(Tensor(LOGITS), Tensor(TARGETS)))
     agree(F.concat([X, Tensor(X)]), np.concat([X, X]))
     agree(F.mse_loss(X, X + 1), np.float64(1))
+
+
+@pytest.mark.parametrize(
+    "k, v, mask, message",
+    [
+        ((3, 2, 3, 4), (3, 2, 3, 4), None, "batch axes of q .* and v .* differ"),
+        ((2, 2, 3, 4), (3, 1, 3, 4), None, "batch axes of q .* and v .* differ"),
+        ((2, 2, 3, 4), (2, 2, 3, 4), (5, 5), r"mask of shape \(5, 5\) does not broadcast"),
+    ],
+)
+def test_attention_says_what_does_not_fit(k, v, mask, message):
+    q, k, v = (Tensor(np.ones(shape, np.float32)) for shape in ((2, 2, 3, 4), k, v))
+    mask = None if mask is None else np.ones(mask, bool)
+    for kernels in ("auto", "off"):
+        with backend.using(kernels), pytest.raises(ValueError, match=f"attention: .*{message}"):
+            F.scaled_dot_product_attention(q, k, v, mask)
+
+
+def test_kernels_are_chosen_by_a_reading_or_its_name():
+    with backend.using("off"):
+        assert backend.current.reading is backend.MATHS
+        with backend.using(backend.CPU):
+            assert backend.current.reading is backend.CPU
+    for wrong, error in ((None, TypeError), ({}, TypeError), ("offf", ValueError)):
+        with pytest.raises(error), backend.using(wrong):
+            pass
+
+
+def test_a_number_has_no_channels_for_a_feed_forward_network():
+    for kernels in ("auto", "off"):
+        with backend.using(kernels), pytest.raises(ValueError, match="do not fit"):
+            nn.FeedForward(8)(Tensor(1.0))
 
 
 def test_gather_keeps_the_dtype_of_integers():

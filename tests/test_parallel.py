@@ -154,5 +154,21 @@ def test_a_batch_without_targets_has_no_mean():
 
 
 def test_at_least_one_thread():
-    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
-        Shards(0)
+    for n in (0, -1, 1.5, "two", True, None):
+        with pytest.raises(
+            ValueError, match=f"threads must be a whole number, at least 1, got {n!r}"
+        ):
+            Shards(n)
+
+
+def test_what_is_no_batch():
+    model, (ids, targets) = small_model(), batch(4)
+    for wrong in ([ids, targets[:3]], [ids[:0], targets[:0]], [ids, 3]):
+        with pytest.raises(ValueError, match="arrays with as many rows each, one or more, not"):
+            Shards(2).backward(model, *wrong)
+        with pytest.raises(ValueError, match="arrays with as many rows"):
+            Shards(2).loss(model, *wrong)
+    with pytest.raises(ValueError, match="pieces must be at least 1, got 0"):
+        Shards(2).backward(model, ids, targets, pieces=0)
+    expected = Shards(2).loss(model, ids, targets)
+    assert Shards(2).loss(model, ids.tolist(), targets.tolist()) == expected

@@ -127,6 +127,14 @@ def test_nothing_more_is_begun_after_an_error():
     assert len(begun) <= 2
 
 
+@pytest.mark.parametrize("n", [0, -1, 1.5, "two", True, None])
+def test_what_is_no_number_of_threads(n):
+    expected = f"threads must be a whole number, at least 1, got {n!r}"
+    with pytest.raises(ValueError, match=expected), threads.team(n):
+        pass
+    assert threads.size() == 1
+
+
 @pytest.mark.parametrize("before", [1, 2])
 def test_blas_has_one_thread_beside_a_team_and_then_what_it_had(before):
     with threadpool_limits(before, "blas"):

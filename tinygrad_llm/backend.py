@@ -322,7 +322,10 @@ FUSED = (
 class _Current(threading.local):
     @functools.cached_property
     def reading(self):
-        return reading(os.environ.get("TINYGRAD_LLM_KERNELS", "auto"))
+        try:
+            return reading(os.environ.get("TINYGRAD_LLM_KERNELS") or "auto")
+        except ValueError as error:
+            raise ValueError(f"TINYGRAD_LLM_KERNELS: {error}") from None
 
 
 current = _Current()
@@ -330,9 +333,14 @@ refusals = Counter()  # (op, why) -> how often a GPU kernel left a call to the o
 
 
 @contextlib.contextmanager
-def using(reading):
-    """Ops inside the block run as `reading` says: using(MATHS) switches the kernels off."""
-    before, current.reading = current.reading, reading
+def using(how):
+    """Ops inside the block run as a Reading says, or one of that name: using("off") switches the
+    kernels off. TypeError for anything else, ValueError for names that reading() does not know.
+    """
+    how = reading(how) if isinstance(how, str) else how
+    if not isinstance(how, Reading):
+        raise TypeError(f"using takes a Reading, or its name, such as 'off', not {how!r}")
+    before, current.reading = current.reading, how
     try:
         yield
     finally:

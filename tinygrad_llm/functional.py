@@ -200,6 +200,7 @@ def scaled_dot_product_attention(
             f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not fit; "
             "expected (..., T, D), (..., S, D), (..., S, E)"
         )
+    lead = _batch(q, k, v)
     seen, bias = True, 0.0
     if mask is not None:
         mask = mask if isinstance(mask, Tensor) else np.asarray(mask)
@@ -208,10 +209,10 @@ def scaled_dot_product_attention(
                 "attention: a mask holds booleans (true: the key is seen) or floats (added to the "
                 f"scores), not {mask.dtype}; use mask.astype(bool)"
             )
+        _check_mask(mask, (*lead, q.shape[-2], k.shape[-2]))
         seen, bias = (mask, 0.0) if mask.dtype == np.bool else (True, mask)
     keep = 1.0
     if dropout_p:
-        lead = _batch(q, k)
         keep = _keep_mask((*lead, q.shape[-2], k.shape[-2]), dropout_p, q.dtype, generator)
     arguments = _without_defaults([seen, bias, keep], [True, 0.0, 1.0])
     return apply(TABLE["attention"], q, k, v, *arguments, causal=is_causal, scale=scale)
@@ -322,12 +323,28 @@ def _tensor(x):
     return x if isinstance(x, Tensor) else Tensor(x)
 
 
-def _batch(q, k):
+def _batch(q, k, v):
     """The batch axes of q kᵀ."""
+    lead = q.shape[:-2]
+    if lead == k.shape[:-2] == v.shape[:-2]:
+        return lead
     try:
-        return np.broadcast_shapes(q.shape[:-2], k.shape[:-2])
+        np.broadcast_shapes(lead, k.shape[:-2], v.shape[:-2])
+        return np.broadcast_shapes(lead, k.shape[:-2])
     except ValueError:
-        raise ValueError(f"attention: batch axes of q {q.shape} and k {k.shape} differ") from None
+        raise ValueError(
+            f"attention: batch axes of q {q.shape}, k {k.shape} and v {v.shape} differ"
+        ) from None
+
+
+def _check_mask(mask, scores):
+    """Raises ValueError unless the mask broadcasts with scores of that shape."""
+    try:
+        np.broadcast_shapes(mask.shape, scores)
+    except ValueError:
+        raise ValueError(
+            f"attention: a mask of shape {mask.shape} does not broadcast to the scores' {scores}"
+        ) from None
 
 
 def _some(tensors, name):

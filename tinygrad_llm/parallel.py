@@ -18,6 +18,7 @@ from .nn import Module
 from .optim import share_elements
 from .precision import is_narrow
 from .tensor import Tensor, leaf_gradients, no_grad
+from .threads import check_threads
 
 IGNORED = -100  # a target that does not count
 LARGE = 1 << 22  # parameters: from there on, kernels take longer than threads take to wake up
@@ -37,12 +38,12 @@ class Shards:
     """
 
     def __init__(self, threads: int):
-        if threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
+        check_threads(threads)
         self.threads = threads
 
     def loss(self, model: Module, *batch: NDArray) -> float:
-        """model.loss(*batch) as a number and without a graph."""
+        """model.loss(*batch) as a number and without a graph. ValueError for no such batch."""
+        batch = _checked(batch)
 
         def shard(batch, weight):
             with no_grad():
@@ -58,8 +59,11 @@ class Shards:
 
         With more `pieces`, the rows take turns: the same mean and gradient, up to rounding, in the
         memory that one piece needs (gradient accumulation). Backward starts from `scale`, and the
-        gradients are divided by it: see optim.LossScale.
+        gradients are divided by it: see optim.LossScale. Raises ValueError as loss does.
         """
+        batch = _checked(batch)
+        if pieces < 1:
+            raise ValueError(f"pieces must be at least 1, got {pieces}")
 
         def shard(batch, weight):
             loss = model.loss(*batch)
@@ -110,6 +114,16 @@ def counts(batch: Batch) -> NDArray:
     """How many targets of each row count, (B,)."""
     targets = batch[1]
     return np.sum(targets.reshape(len(targets), -1) != IGNORED, axis=1)
+
+
+def _checked(batch):
+    """As arrays, of which each has as many rows, one or more."""
+    batch = tuple(map(np.asarray, batch))
+    rows = {len(array) if array.ndim else 0 for array in batch}
+    if len(rows) != 1 or 0 in rows:
+        shapes = ", ".join(str(array.shape) for array in batch)
+        raise ValueError(f"a batch is arrays with as many rows each, one or more, not {shapes}")
+    return batch
 
 
 def _rows_of(batch: Batch, rows: NDArray) -> Batch:

@@ -47,10 +47,17 @@ def team(n: int) -> Iterator[None]:
     """In the block, share() has n threads, this one among them, and BLAS has one.
 
     BLAS belongs to the whole process, and its threads to the Python thread that was first to set
-    their number: so let one Python thread open teams.
+    their number: so let one Python thread open teams. Raises ValueError unless n is 1 or more.
     """
+    check_threads(n)
     with _libraries().limit(limits=1, user_api="blas"), _counting(n, n):
         yield
+
+
+def check_threads(n: int) -> None:
+    """Raises ValueError unless n is a number of threads."""
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"threads must be a whole number, at least 1, got {n!r}")
 
 
 def size() -> int:

@@ -92,7 +92,7 @@ class mlp:
 def multiplies(x, *others):
     """Whether there is something to multiply, and all have one dtype, of 32 bits or more."""
     same = all(a is None or getattr(a, "dtype", None) == x.dtype for a in others)
-    return same and x.dtype.char in "fd" and x.size > 0 and others[0].size > 0
+    return same and x.dtype.char in "fd" and x.ndim > 0 and x.size > 0 and others[0].size > 0
 
 
 def is_layer(w, b):
