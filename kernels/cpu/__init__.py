@@ -9,6 +9,8 @@ and, if it cannot do every case, accepts(*arrays, **attributes) -> bool. Each mo
 kernels in KERNELS (an op's) and FUSED (several ops in one). The rules:
 
 - Arithmetic in place is for float32 and float64: `accepts` leaves other dtypes to the op.
+- Work that falls into pieces is shared out among the team of threads, if there is one: see
+  threads.py. Each piece writes where no other one does.
 - Nothing that a kernel did not make may be written to: not its arguments, not `g`, not `saved`.
 - A gradient is a fresh array, which the engine may add to: never `g` or a view of it. Where it is
   zero but for a part, it may be a function add_to(total), which adds that part to an array in
