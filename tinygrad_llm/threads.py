@@ -1,9 +1,9 @@
 """Several threads for NumPy: BLAS has them for its products, or a team has them for pieces of work.
 
 Python runs one thread at a time, but NumPy lets the others go on while it computes. So a kernel can
-`share` its blocks out among a team. BLAS itself gets one thread then: after a product its own
-threads stay awake for a while, in the way of the team's. It never chooses a number by itself, from
-the machine or OPENBLAS_NUM_THREADS: other sums of the same numbers would have other last bits.
+`share` its blocks out among a team. BLAS itself has one thread then: after a product its own
+threads stay awake for a while, in the way of the team's; and with a number that the machine or
+OPENBLAS_NUM_THREADS chooses, other sums of the same numbers would have other last bits.
 """
 
 import contextlib

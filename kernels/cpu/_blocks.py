@@ -85,17 +85,3 @@ def sum_rows(x):
     """Σ over all axes but the last: (..., n) -> (n,); as a product, since BLAS sums fastest."""
     rows = x.reshape(-1, x.shape[-1])
     return np.ones(len(rows), x.dtype) @ rows
-
-
-def is_moderate(x):
-    """Whether softmax needs no maxima: e^30 is far from overflow and e^-30 from underflow. To find
-    each row's maximum costs more than exp, to find that of all is nothing beside it.
-    """
-    return x.max() <= 30 and x.min() >= -30  # not if they are NaN
-
-
-def softmax_into(y, x, moderate):
-    """y becomes e^x / Σ e^x over the last axis, and may be x itself."""
-    np.exp(x if moderate else np.subtract(x, x.max(axis=-1, keepdims=True), out=y), out=y)
-    y /= (y @ np.ones(y.shape[-1], y.dtype))[..., None]  # as a product, as above
-    return y

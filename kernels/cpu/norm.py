@@ -59,13 +59,13 @@ class layer_norm:
                 if left is not None:
                     c -= left[i]
                 u = np.multiply(gi, c, out=x_bar[i])  # g ⊙ c, at first
-                w_bar = ri[:, 0] @ u
+                w_bar = ri[:, 0] @ u if needs[1] else 0
                 c *= ri * ri * (u @ w_mean)[:, None]
                 c += (gi @ w_mean)[:, None]
                 np.multiply(gi, w, out=u)
                 u -= c
                 u *= ri
-            return w_bar, sum_rows(gi)
+            return w_bar, sum_rows(gi) if needs[2] else 0
 
         w_bar, b_bar = map(sum, zip(*share(block, in_cache(len(rows), n))))
         return x_bar.reshape(x.shape), w_bar if needs[1] else None, b_bar if needs[2] else None
@@ -107,7 +107,7 @@ class rms_norm:
             with brief(rows[i]), row_by_row(len(rows), n):
                 gi, ri = g[i], r[i]
                 u = np.multiply(gi, rows[i], out=x_bar[i])  # g ⊙ x, at first
-                w_bar = ri[:, 0] @ u
+                w_bar = ri[:, 0] @ u if needs[1] else 0
                 c = rows[i] * (ri * ri * (u @ w_mean)[:, None])
                 np.multiply(gi, w, out=u)
                 u -= c

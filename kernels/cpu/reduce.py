@@ -3,7 +3,7 @@
 import numpy as np
 
 from ...threads import share
-from ._blocks import in_cache, is_moderate, row_by_row, softmax_into
+from ._blocks import in_cache, row_by_row
 
 KERNELS = ("softmax",)
 
@@ -41,3 +41,17 @@ class softmax:
         """Along the last axis, of float32 or float64."""
         last = isinstance(axis, int) and axis in (-1, x.ndim - 1)
         return last and x.ndim > 0 and x.dtype.char in "fd" and x.size > 0
+
+
+def is_moderate(x):
+    """Whether softmax needs no maxima: e^30 is far from overflow and e^-30 from underflow. To find
+    each row's maximum costs more than exp, to find that of all is nothing beside it.
+    """
+    return x.max() <= 30 and x.min() >= -30  # not if they are NaN
+
+
+def softmax_into(y, x, moderate):
+    """y becomes e^x / Σ e^x over the last axis, and may be x itself."""
+    np.exp(x if moderate else np.subtract(x, x.max(axis=-1, keepdims=True), out=y), out=y)
+    y /= (y @ np.ones(y.shape[-1], y.dtype))[..., None]  # as a product, since BLAS sums fastest
+    return y
